@@ -1,0 +1,322 @@
+"""From a person's config to the one that code reads: `default()` to edit, `resolve()` to check, JSON to store.
+
+A person edits the locked `ConfigDict` that `default()` returns (in `configs/*.py` or by `--config.model.d_model=512`); the
+code reads the frozen `RunConfig` of `schema.py` that `resolve()` builds from it. `resolve()` is the only validator. Nothing
+heavy is imported, so that `--help` and a config error answer at once.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.schema import RunConfig
+
+PRECISIONS = ("fp32", "bf16")
+GROWING_MODES = ("layerwise", "blockwise", "stackwise")
+
+# Sections that may differ when a run folder is continued: they change no number that a run computes.
+FREE_SECTIONS = ("checkpoint", "logging", "generation")
+
+
+def default() -> Any:
+    """Returns the locked `ConfigDict` of every default, for a config file to edit."""
+    from ml_collections import config_dict
+
+    def as_dict(cls: type) -> Any:
+        entries = {}
+        for name, kind in typing.get_type_hints(cls).items():
+            value = getattr(cls(), name)
+            if dataclasses.is_dataclass(kind):
+                entries[name] = as_dict(typing.cast(type, kind))
+            elif value is None or isinstance(kind, types.UnionType):
+                typed = config_dict.placeholder(_plain_type(kind))
+                typed.set(value)
+                entries[name] = typed
+            else:
+                entries[name] = value
+        return config_dict.ConfigDict(entries)
+
+    return as_dict(RunConfig).lock()
+
+
+def _plain_type(kind: Any) -> type:
+    """The T of `T` or `T | None`."""
+    if isinstance(kind, types.UnionType):
+        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    return kind
+
+
+def resolve(config: Any) -> RunConfig:
+    """Builds and checks the `RunConfig` that code reads.
+
+    Args:
+      config: a `ConfigDict` from `default()`, or a nested mapping as stored in `config.json`; absent keys take defaults.
+
+    Returns:
+      the config with every derived `None` filled in and `training.mode` settled.
+
+    Raises:
+      UserError: an unknown key, a wrong type, or values that do not fit together; one line.
+    """
+    entries = config.to_dict() if hasattr(config, "to_dict") else config
+    return _settle(_build(RunConfig, entries, ""))
+
+
+def _build(cls: type, entries: Any, prefix: str) -> Any:
+    if not isinstance(entries, Mapping):
+        raise UserError(f"{prefix.rstrip('.') or 'config'}={entries!r} must be a section with fields")
+    kinds = typing.get_type_hints(cls)
+    values = {}
+    for name, value in entries.items():
+        if name not in kinds:
+            raise UserError(f"unknown config field {prefix}{name}.{did_you_mean(str(name), kinds)}")
+        kind = kinds[name]
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.")
+        else:
+            values[name] = _checked(kind, value, f"{prefix}{name}")
+    return cls(**values)
+
+
+def _checked(kind: Any, value: Any, field: str) -> Any:
+    if value is None and isinstance(kind, types.UnionType):
+        return None
+    plain = _plain_type(kind)
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not plain:
+        raise UserError(f"{field}={value!r} must be of type {plain.__name__}")
+    if plain is float and not math.isfinite(value):
+        raise UserError(f"{field}={value} must be a finite number")
+    return value
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def _one_of(field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        names = ", ".join(map(str, allowed))
+        raise UserError(f"{field}={value!r} must be one of: {names}.{did_you_mean(str(value), map(str, allowed))}")
+
+
+def _settle(config: RunConfig) -> RunConfig:
+    """Checks single fields, fills derived ones, then checks fields against each other."""
+    _check_choices(config)
+    _check_ranges(config)
+    model, training = config.model, config.training
+    progressive = training.progressive
+    mode = training.mode if progressive.enabled else "end_to_end"
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            n_kv_heads=model.n_kv_heads or model.n_heads,
+            d_head=model.d_head or model.d_model // model.n_heads,
+            max_positions=model.max_positions or config.data.seq_len,
+        ),
+        training=dataclasses.replace(
+            training,
+            mode=mode,
+            progressive=dataclasses.replace(
+                progressive,
+                enabled=mode != "end_to_end",
+                new_stack_precision=progressive.new_stack_precision or config.precision.compute,
+            ),
+        ),
+    )
+    _check_model(config)
+    _check_training(config)
+    return config
+
+
+def _check_choices(config: RunConfig) -> None:
+    model, training = config.model, config.training
+    choices: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "model.norm": (model.norm, ("rmsnorm", "layernorm")),
+        "model.norm_position": (model.norm_position, ("pre", "post")),
+        "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu")),
+        "model.positions": (model.positions, ("rotary", "learned", "none")),
+        "model.attention": (model.attention, ("causal", "bidirectional")),
+        "model.attention_implementation": (model.attention_implementation, ("auto", "reference", "xla", "cudnn")),
+        "objective.name": (config.objective.name, ("clm", "mlm")),
+        "objective.mask_form": (config.objective.mask_form, ("bernoulli", "count")),
+        "objective.replacement": (config.objective.replacement, ("bert", "mask")),
+        "training.mode": (training.mode, (*GROWING_MODES, "end_to_end")),
+        "training.embedding_phase": (training.embedding_phase, ("alone", "with_first_stack")),
+        "training.head": (training.head, ("live", "frozen", "copy")),
+        "training.remat": (training.remat, ("none", "dots", "full")),
+        "training.execution": (training.execution, ("auto", "fused", "chained")),
+        "training.progressive.trunk_strategy": (training.progressive.trunk_strategy, ("frozen",)),
+        "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
+        "optimizer.schedule": (config.optimizer.schedule, ("wsd", "cosine")),
+        "precision.compute": (config.precision.compute, PRECISIONS),
+        "precision.trunk": (config.precision.trunk, PRECISIONS),
+        "precision.cache": (config.precision.cache, PRECISIONS),
+        "cache.tier": (config.cache.tier, ("device",)),
+        "cache.on_mismatch": (config.cache.on_mismatch, ("rebuild", "stop")),
+    }
+    for field, (value, allowed) in choices.items():
+        _one_of(field, value, allowed)
+    if training.progressive.new_stack_precision is not None:
+        _one_of("training.progressive.new_stack_precision", training.progressive.new_stack_precision, PRECISIONS)
+
+
+# Smallest allowed value of every number that has one; fractions are checked against [0, 1] besides.
+_AT_LEAST: dict[str, float] = {
+    "model.vocab_size": 16, "model.d_model": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_head": 1,
+    "model.d_ff": 1, "model.max_positions": 1, "model.norm_epsilon": 0, "model.rope_theta": 1, "model.init_std": 0,
+    "model.architecture.n_stacks": 1, "model.architecture.blocks_per_stack": 1,
+    "data.seq_len": 2, "data.max_bytes": 1, "data.max_rows": 1, "objective.mask_variants": 1, "seed": 0,
+    "training.block_group": 1, "training.batch_size": 1, "training.accumulation_steps": 1,
+    "training.loss_chunk_tokens": 1, "optimizer.learning_rate": 0, "optimizer.muon_learning_rate": 0,
+    "optimizer.head_learning_rate_scale": 0, "optimizer.epsilon": 0, "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0, "cache.chunk_bytes": 1, "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1, "evaluation.rows": 1, "evaluation.every_steps": 1, "generation.samples": 0,
+    "generation.tokens": 1, "generation.temperature": 0, "generation.top_k": 0, "logging.every_steps": 1,
+    "logging.peak_flops": 1,
+}  # fmt: skip
+_FRACTIONS = (
+    "model.dropout", "data.validation_fraction", "objective.rate_min", "objective.rate_max", "optimizer.beta1",
+    "optimizer.beta2", "optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
+    "generation.top_p",
+)  # fmt: skip
+
+
+def _check_ranges(config: RunConfig) -> None:
+    def value_of(field: str) -> Any:
+        value: Any = config
+        for part in field.split("."):
+            value = getattr(value, part)
+        return value
+
+    for field, least in _AT_LEAST.items():
+        value = value_of(field)
+        _require(value is None or value >= least, f"{field}={value} must be at least {least:g}")
+    for field in _FRACTIONS:
+        _require(0.0 <= value_of(field) <= 1.0, f"{field}={value_of(field)} must lie between 0 and 1")
+    _require(config.seed < 2**32, f"seed={config.seed} must be below 2**32")
+    for field in ("model.dropout", "optimizer.beta1", "optimizer.beta2"):
+        _require(value_of(field) < 1.0, f"{field}={value_of(field)} must be below 1")
+
+
+def _check_model(config: RunConfig) -> None:
+    model, objective = config.model, config.objective
+    heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
+    d_head, max_positions = typing.cast(int, model.d_head), typing.cast(int, model.max_positions)
+    _require(
+        d_head * heads == model.d_model or model.d_model % heads == 0,
+        f"model.d_model={model.d_model} must be a multiple of model.n_heads={heads}, or set model.d_head",
+    )
+    _require(heads % kv_heads == 0, f"model.n_heads={heads} must be a multiple of model.n_kv_heads={kv_heads}")
+    _require(
+        model.positions != "rotary" or d_head % 2 == 0,
+        f"model.d_head={d_head} must be even for rotary positions; set model.d_head or model.positions",
+    )
+    _require(
+        model.positions != "learned" or max_positions >= config.data.seq_len,
+        f"model.max_positions={max_positions} must be at least data.seq_len={config.data.seq_len}",
+    )
+    _require(
+        (objective.name == "clm") <= (model.attention == "causal"),
+        f"objective.name='clm' needs model.attention='causal', not {model.attention!r}: the answer would be visible",
+    )
+    _require(
+        (objective.name == "mlm") <= (objective.rate_max > 0.0),
+        "objective.rate_max=0 masks nothing; a masked objective needs a rate above 0",
+    )
+    _require(
+        objective.rate_min <= objective.rate_max,
+        f"objective.rate_min={objective.rate_min} must not exceed objective.rate_max={objective.rate_max}",
+    )
+
+
+def _check_training(config: RunConfig) -> None:
+    model, training, optimizer = config.model, config.training, config.optimizer
+    for field in ("phase_budget", "embedding_budget"):
+        budget_steps(getattr(training, field), 1, field=f"training.{field}")
+    _require(
+        training.mode != "blockwise" or model.n_blocks % training.block_group == 0,
+        f"training.block_group={training.block_group} must divide the {model.n_blocks} blocks of the rack",
+    )
+    _require(
+        training.batch_size % training.accumulation_steps == 0,
+        f"training.batch_size={training.batch_size} must be a multiple of "
+        f"training.accumulation_steps={training.accumulation_steps}",
+    )
+    _require(
+        training.head != "copy" or (model.ties_embedding and training.progressive.enabled),
+        "training.head='copy' unties a tied table when the embedding freezes: it needs model.ties_embedding=True "
+        f"and a mode that grows, not ties_embedding={model.ties_embedding} with mode={training.mode!r}",
+    )
+    _require(
+        optimizer.schedule != "wsd" or optimizer.warmup_fraction + optimizer.decay_fraction <= 1.0,
+        f"optimizer.warmup_fraction={optimizer.warmup_fraction} and decay_fraction={optimizer.decay_fraction} "
+        "must not exceed 1 together",
+    )
+    _require(
+        bool(config.data.validation_source) or config.data.validation_fraction > 0.0,
+        "data.validation_fraction=0 leaves nothing to evaluate on; set it above 0 or give data.validation_source",
+    )
+
+
+_BUDGET = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)([kMB]?) +(steps?|tokens?)")
+_SCALE = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+
+
+def budget_steps(budget: str, tokens_per_step: int, *, field: str = "budget") -> int:
+    """Converts a budget to whole update steps, rounding tokens up.
+
+    >>> budget_steps("200 steps", 4096), budget_steps("1M tokens", 4096)
+    (200, 245)
+    """
+    match = _BUDGET.fullmatch(budget.strip())
+    if match is None:
+        raise UserError(f'{field}={budget!r} must read like "200 steps", "5M tokens" or "1.2B tokens"')
+    number, scale, unit = match.groups()
+    count = round(float(number.replace("_", "")) * _SCALE[scale])
+    steps = count if unit.startswith("step") else math.ceil(count / tokens_per_step)
+    _require(steps >= 1, f"{field}={budget!r} must be at least one step")
+    return steps
+
+
+def to_json(config: RunConfig) -> str:
+    """The resolved config as it is stored in a run folder."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+
+
+def from_json(path: Path) -> RunConfig:
+    """Reads the `config.json` of a run folder; never executes anything."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is not a run folder: {path.name} is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a config: {error}") from None
+    return resolve(entries)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Names the fields, with both values, that forbid continuing a run of `old` as `new`."""
+
+    def flatten(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, value in entries.items():
+            flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        return flat
+
+    before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    return [
+        f"{field}={before[field]!r} (now {after[field]!r})"
+        for field in before
+        if before[field] != after[field] and field.split(".")[0] not in FREE_SECTIONS
+    ]

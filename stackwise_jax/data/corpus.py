@@ -1,0 +1,324 @@
+"""What a prepared corpus is: flat token files cut into rows, in a folder named by what went into it.
+
+    corpora/<key>/  corpus.json  tokenizer.model  train.tokens  train.documents  validation.tokens  validation.documents
+
+`*.tokens` holds every document as bos, ids, eos, one after another, little endian, and padding up to a whole row; row r
+is tokens `r * seq_len` to `(r + 1) * seq_len`. `*.documents` holds where documents start (uint64), and the end of the
+last. The folder is written under another name and renamed when complete; the digests in `corpus.json` are checked at
+every opening.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Int32, Int64
+
+from stackwise_jax.data.sources import digest_source, iterate_documents
+from stackwise_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from stackwise_jax.errors import UserError
+from stackwise_jax.schema import DataConfig, RunConfig
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+REPORT_SECONDS = 2.0
+_BATCH_CHARS = 2**22
+_BATCH_DOCUMENTS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows of one side of a corpus.
+
+    Attributes:
+      tokens: memory-mapped ids, padding included.
+      documents: token index where each document starts, then where the last one ends.
+      n_rows, n_tokens: rows that may be drawn, and how many ids in them are no padding.
+      text_bytes: UTF-8 bytes of the whole side's text, before any bound on its rows.
+      digest: sha256 (hex) of the whole token file.
+    """
+
+    tokens: Int[np.ndarray, "rows T"]
+    documents: Int64[np.ndarray, "_"]
+    n_rows: int
+    n_tokens: int
+    text_bytes: int
+    digest: str
+
+    @property
+    def n_documents(self) -> int:
+        """Documents of the whole side, before any bound on its rows."""
+        return len(self.documents) - 1
+
+    def first(self, n_rows: int) -> "Split":
+        """The same split, bounded to its first rows."""
+        n_rows = min(n_rows, self.n_rows)
+        n_tokens = min(self.n_tokens, n_rows * self.tokens.shape[1])
+        return dataclasses.replace(self, n_rows=n_rows, n_tokens=n_tokens)
+
+    def rows(
+        self, row_ids: Int[np.ndarray, "B"], *, isolate_documents: bool
+    ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
+        """Reads rows.
+
+        Returns:
+          tokens: ids; the pad id where the corpus has ended.
+          segments: number of the document inside the row, from 1; 0 for padding. All 1 unless documents are isolated.
+          positions: place in the document's part of this row, from 0. Place in the row unless documents are isolated.
+
+        Raises:
+          IndexError: no such row.
+        """
+        if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < self.n_rows:
+            raise IndexError(f"row_ids must lie in [0, {self.n_rows}), not {row_ids.min()} to {row_ids.max()}")
+        seq_len = self.tokens.shape[1]
+        row_starts = row_ids.astype(np.int64)[:, None] * seq_len
+        places = row_starts + np.arange(seq_len)[None, :]  # of the token file
+        is_text = places < self.documents[-1]
+        if isolate_documents:
+            documents = np.searchsorted(self.documents, places, side="right") - 1
+            segments = documents - documents[:, :1] + 1
+            positions = places - np.maximum(self.documents[documents], row_starts)
+        else:
+            segments, positions = np.ones_like(places), places - row_starts
+        segments, positions = np.where(is_text, segments, 0), np.where(is_text | (not isolate_documents), positions, 0)
+        return self.tokens[row_ids].astype(np.int32), segments.astype(np.int32), positions.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus; `digest` (sha256, hex) covers tokens, tokenizer and row length, not a bound on rows."""
+
+    directory: Path
+    digest: str
+    seq_len: int
+    tokenizer: Tokenizer
+    train: Split
+    validation: Split
+
+
+def prepare_corpus(config: RunConfig, *, report: Callable[[str], None]) -> Corpus:
+    """Opens the prepared corpus of a config, first making it where there is none or a damaged one.
+
+    Args:
+      config: `data`, `model.vocab_size`; `data.max_rows` bounds the training rows of what is returned.
+      report: is given one line at a time about long work.
+
+    Raises:
+      UserError: see `iterate_documents`, `Tokenizer`, `train_tokenizer`; a tokenizer of more pieces than
+        model.vocab_size; too few documents to have both splits; a cache folder that cannot be written.
+    """
+    data = config.data
+    tokenizer = load_tokenizer(Path(data.tokenizer).expanduser()) if data.tokenizer else None
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the {tokenizer.vocab_size} pieces of "
+            f"data.tokenizer={data.tokenizer!r}"
+        )
+    key = _corpus_key(data, tokenizer.digest if tokenizer else f"bpe {config.model.vocab_size}")
+    directory = _cache_root(data) / "corpora" / key[:32]
+    corpus = None
+    if directory.exists():
+        try:
+            corpus = open_corpus(directory)
+        except UserError as error:
+            report(f"preparing the corpus again: {error}")
+            shutil.rmtree(directory, ignore_errors=True)
+    if corpus is None:
+        try:
+            _build(config, tokenizer, directory, report)
+        except OSError as error:
+            raise UserError(f"data.cache_dir: {directory} cannot be written: {error.strerror or error}") from None
+        corpus = open_corpus(directory)
+    return corpus if data.max_rows is None else dataclasses.replace(corpus, train=corpus.train.first(data.max_rows))
+
+
+def open_corpus(directory: Path) -> Corpus:
+    """Opens a prepared folder and checks every digest in it; UserError when it is missing or damaged."""
+    try:
+        manifest = json.loads((directory / "corpus.json").read_text(encoding="utf-8"))
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{directory} has format {manifest['format_version']}, not {FORMAT_VERSION}; prepare it again"
+            )
+        tokenizer = Tokenizer((directory / "tokenizer.model").read_bytes(), name=f"{directory / 'tokenizer.model'}")
+        if tokenizer.digest != manifest["tokenizer_digest"]:
+            raise UserError(f"{directory / 'tokenizer.model'} is damaged; prepare the corpus again")
+        train, validation = (_open_split(directory, name, manifest) for name in SPLITS)
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} is not a prepared corpus: {Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{directory} is not a prepared corpus: corpus.json cannot be used ({error})") from None
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return Corpus(directory, digest, manifest["seq_len"], tokenizer, train, validation)
+
+
+def _open_split(directory: Path, name: str, manifest: dict[str, Any]) -> Split:
+    entries = manifest[name]
+    for kind in ("tokens", "documents"):
+        with (directory / f"{name}.{kind}").open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entries[f"{kind}_sha256"]:
+                raise UserError(f"{directory / f'{name}.{kind}'} is damaged; prepare the corpus again")
+    n_rows, seq_len = entries["n_rows"], manifest["seq_len"]
+    return Split(
+        tokens=np.memmap(directory / f"{name}.tokens", manifest["dtype"], mode="r", shape=(n_rows, seq_len)),
+        documents=np.fromfile(directory / f"{name}.documents", "<u8").astype(np.int64),
+        n_rows=n_rows,
+        n_tokens=entries["n_tokens"],
+        text_bytes=entries["text_bytes"],
+        digest=entries["tokens_sha256"],
+    )
+
+
+def _cache_root(data: DataConfig) -> Path:
+    return Path(data.cache_dir or os.environ.get("STACKWISE_CACHE") or "~/.cache/stackwise_jax").expanduser()
+
+
+def _corpus_key(data: DataConfig, tokenizer: str) -> str:
+    """Names everything that tokens depend on; the same files elsewhere, or under other names, are the same corpus."""
+    held_out = digest_source(data.validation_source) if data.validation_source else data.validation_fraction
+    parts = (
+        FORMAT_VERSION,
+        digest_source(data.source),
+        held_out,
+        tokenizer,
+        data.seq_len,
+        data.text_field,
+        data.max_bytes,
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _token_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+def _is_held_out(document: str, fraction: float) -> bool:
+    """Whether a document is for validation: a function of its text alone, so that copies stay on one side."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) < fraction * 2.0**64
+
+
+def _split_documents(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yields (split, document) over everything that is read."""
+    for document in iterate_documents(data.source, text_field=data.text_field, max_bytes=data.max_bytes):
+        is_held_out = not data.validation_source and _is_held_out(document, data.validation_fraction)
+        yield SPLITS[is_held_out], document
+    if data.validation_source:
+        for document in iterate_documents(data.validation_source, text_field=data.text_field, max_bytes=None):
+            yield "validation", document
+
+
+def _build(config: RunConfig, tokenizer: Tokenizer | None, directory: Path, report: Callable[[str], None]) -> None:
+    """Writes a prepared folder; on any failure nothing stays under its name."""
+    data = config.data
+    scratch = directory.with_name(f"{directory.name}.partial-{secrets.token_hex(4)}")
+    scratch.mkdir(parents=True)
+    try:
+        if tokenizer is None:
+            report(f"training a tokenizer of {config.model.vocab_size} pieces")
+            documents = (document for split, document in _split_documents(data) if split == "train")
+            tokenizer = Tokenizer(train_tokenizer(documents, config.model.vocab_size))
+        (scratch / "tokenizer.model").write_bytes(tokenizer.model)
+        dtype = _token_dtype(tokenizer.vocab_size)
+        with contextlib.ExitStack() as stack:
+            writers = {name: stack.enter_context(_SplitWriter(scratch, name, dtype)) for name in SPLITS}
+            _tokenise(_split_documents(data), tokenizer, writers, report)
+            _require_both(writers, data)
+            entries = {name: writer.finish(data.seq_len, tokenizer.pad_id) for name, writer in writers.items()}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "seq_len": data.seq_len,
+            "dtype": dtype,
+            "tokenizer_digest": tokenizer.digest,
+            **entries,
+        }
+        (scratch / "corpus.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        try:
+            scratch.rename(directory)
+        except OSError:
+            if not directory.exists():  # otherwise another process was faster, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _tokenise(
+    documents: Iterator[tuple[str, str]],
+    tokenizer: Tokenizer,
+    writers: dict[str, "_SplitWriter"],
+    report: Callable[[str], None],
+) -> None:
+    start = last = time.monotonic()
+    for batch in _batches(documents):
+        for (name, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+            writers[name].add(ids, len(text.encode()), tokenizer)
+        now = time.monotonic()
+        if now - last >= REPORT_SECONDS:
+            last, done_mb = now, sum(writer.text_bytes for writer in writers.values()) / 1e6
+            report(f"tokenising: {done_mb:.1f} MB done, {done_mb / (now - start):.1f} MB/s")
+
+
+def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Groups documents up to about _BATCH_CHARS characters, so that all cores have work and memory stays bounded."""
+    while batch := list(itertools.islice(documents, 1)):
+        n_chars = len(batch[0][1])
+        while n_chars < _BATCH_CHARS and len(batch) < _BATCH_DOCUMENTS and (item := next(documents, None)):
+            batch.append(item)
+            n_chars += len(item[1])
+        yield batch
+
+
+def _require_both(writers: dict[str, "_SplitWriter"], data: DataConfig) -> None:
+    counts = {name: writer.n_documents for name, writer in writers.items()}
+    for name, count in counts.items():
+        if not count:
+            raise UserError(
+                f"data.validation_fraction={data.validation_fraction:g} of {sum(counts.values())} document(s) leaves "
+                f"none for {name}; change it, give more documents, or name held-out files in data.validation_source"
+            )
+
+
+class _SplitWriter(contextlib.ExitStack):
+    """Appends documents to the two files of a split."""
+
+    def __init__(self, directory: Path, name: str, dtype: str) -> None:
+        super().__init__()
+        self._files = {
+            kind: self.enter_context((directory / f"{name}.{kind}").open("wb")) for kind in ("tokens", "documents")
+        }
+        self._hashes = {kind: hashlib.sha256() for kind in self._files}
+        self._dtype = dtype
+        self.n_tokens = self.n_documents = self.text_bytes = 0
+
+    def add(self, ids: Int32[np.ndarray, "_"], text_bytes: int, tokenizer: Tokenizer) -> None:
+        self._write("documents", np.array([self.n_tokens], "<u8"))
+        self._write("tokens", np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(self._dtype))
+        self.n_tokens += len(ids) + 2
+        self.n_documents += 1
+        self.text_bytes += text_bytes
+
+    def finish(self, seq_len: int, pad_id: int) -> dict[str, Any]:
+        """Pads to whole rows and returns the entries of the manifest."""
+        n_rows = -(-self.n_tokens // seq_len)
+        self._write("documents", np.array([self.n_tokens], "<u8"))
+        self._write("tokens", np.full(n_rows * seq_len - self.n_tokens, pad_id, self._dtype))
+        counts = {"n_rows": n_rows, "n_tokens": self.n_tokens, "n_documents": self.n_documents}
+        digests = {f"{kind}_sha256": digest.hexdigest() for kind, digest in self._hashes.items()}
+        return {**counts, "text_bytes": self.text_bytes, **digests}
+
+    def _write(self, kind: str, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self._hashes[kind].update(data)
+        self._files[kind].write(data)

@@ -1,0 +1,130 @@
+"""What a run costs, from shapes alone: parameters, floating-point operations, bytes.
+
+Model FLOPs: a matmul of a weight with n entries costs 2 n a token forward and 4 n backward (2 n where the weight is frozen
+and gradient only passes through); attention scores and mixing count besides, half of the square when causal. Recomputation
+by remat is not counted.
+"""
+
+import dataclasses
+import typing
+
+from stackwise_jax.memory.precision import item_bytes
+from stackwise_jax.models import weights
+from stackwise_jax.schema import ModelConfig, RunConfig
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Parameters of one block."""
+    return weights.count(weights.block_table(model))
+
+
+def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
+    """FLOPs of one block a token, forward."""
+    table = weights.block_table(model)
+    kernels = [table["mlp"], {name: table["attention"][name] for name in table["attention"]}]
+    matrices = sum(w.size for part in kernels for linear in part.values() for w in linear.values() if w.is_matrix)
+    seen = seq_len / 2 if model.attention == "causal" else seq_len
+    head_width = typing.cast(int, model.d_head)
+    return 2.0 * matrices + 4.0 * seen * model.n_heads * head_width
+
+
+def head_forward_flops(model: ModelConfig) -> float:
+    """FLOPs of the output table a token, forward."""
+    return 2.0 * model.d_model * model.vocab_size
+
+
+def step_flops_per_token(
+    model: ModelConfig, seq_len: int, *, live_blocks: int, passed_blocks: int, trunk_blocks: int, table_is_live: bool
+) -> float:
+    """FLOPs a token of one update.
+
+    Args:
+      live_blocks: trained (3 forward costs).
+      passed_blocks: frozen, with gradient through them (2 forward costs).
+      trunk_blocks: frozen and recomputed (1 forward cost); 0 when cached.
+      table_is_live: the output table takes a gradient.
+    """
+    block = block_forward_flops(model, seq_len)
+    blocks = (3 * live_blocks + 2 * passed_blocks + trunk_blocks) * block
+    return blocks + (3 if table_is_live else 2) * head_forward_flops(model)
+
+
+def cache_bytes(config: RunConfig, n_rows: int, variants: int) -> int:
+    """Bytes of cached activations of `n_rows` rows."""
+    row = config.data.seq_len * config.model.d_model * item_bytes(config.precision.cache)
+    return n_rows * variants * row
+
+
+def row_bytes(config: RunConfig, variants: int) -> int:
+    """Bytes that one row takes in the cache, in all its variants."""
+    return cache_bytes(config, 1, variants)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceBytes:
+    """Device memory of a phase, by what fills it."""
+
+    live_weights: int
+    optimizer: int
+    gradients: int
+    frozen: int
+    activations: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def phase_device_bytes(
+    config: RunConfig, *, live: int, frozen: int, live_blocks: int, cached_rows: int, variants: int
+) -> DeviceBytes:
+    """Estimates the device memory of a phase.
+
+    Args:
+      live, frozen: parameters.
+      live_blocks: blocks whose inside is kept for the backward pass.
+      cached_rows: rows in the device cache.
+    """
+    moments = 2 if config.optimizer.name == "adamw" else 1
+    return DeviceBytes(
+        live_weights=4 * live,
+        optimizer=4 * moments * live,
+        gradients=4 * live,
+        frozen=item_bytes(config.precision.trunk) * frozen,
+        activations=_activation_bytes(config, live_blocks),
+        cache=cache_bytes(config, cached_rows, variants),
+    )
+
+
+def _activation_bytes(config: RunConfig, live_blocks: int) -> int:
+    """What the backward pass keeps of a micro-batch, plus one chunk of float32 logits and their gradient."""
+    model = config.model
+    tokens = config.training.batch_size // config.training.accumulation_steps * config.data.seq_len
+    item = item_bytes(config.precision.compute)
+    heads = model.n_heads + 2 * typing.cast(int, model.n_kv_heads)
+    ffn = 4 if model.ffn != "gelu" else 2
+    inside = {
+        "none": 6 * model.d_model + heads * typing.cast(int, model.d_head) + ffn * model.d_ff,
+        "dots": 3 * model.d_model + heads * typing.cast(int, model.d_head) + (ffn - 1) * model.d_ff,
+        "full": model.d_model,
+    }[config.training.remat]
+    logits = 8 * min(tokens, config.training.loss_chunk_tokens) * model.vocab_size
+    return tokens * item * (inside * live_blocks + 2 * model.d_model) + logits
+
+
+def readable_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def readable_count(count: float) -> str:
+    """68_980_000_000 -> "68.98B"."""
+    for scale, unit in ((1e15, "Q"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= scale:
+            return f"{count / scale:.2f}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,102 @@
+"""One Transformer block, and what it needs to know about its rows."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import DTypeLike
+
+from stackwise_jax.models.layers import FeedForward, Linear, Norm, dropout
+from stackwise_jax.ops.attention import attention
+from stackwise_jax.ops.mask import Mask
+from stackwise_jax.ops.rope import apply_rope
+from stackwise_jax.schema import ModelConfig
+from stackwise_jax.types import Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What attention needs besides activations.
+
+    Attributes:
+      positions: place of each query inside its document.
+      mask: a `Mask`, or the array that says which stored keys each query sees when decoding.
+      write_at: with stored keys, the slot that the first query's key goes to.
+    """
+
+    positions: Int[Array, "B T"]
+    mask: Mask | Bool[Array, "B 1 T S"]
+    write_at: Int[Array, ""] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValues:
+    """Keys (after rotation) and values of the places read so far, for one block or, with a leading axis, for a stack."""
+
+    keys: Float[Array, "*L B S K H"]
+    values: Float[Array, "*L B S K H"]
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query self-attention (Vaswani et al., 2017; Ainslie et al., 2023)."""
+
+    model: ModelConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        self.query, self.key, self.value = Linear(self.dtype), Linear(self.dtype), Linear(self.dtype)
+        self.output = Linear(self.dtype)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, stored: KeyValues | None
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        B, T, _ = x.shape
+        model = self.model
+        queries = self.query(x).reshape(B, T, model.n_heads, model.d_head)
+        keys = self.key(x).reshape(B, T, model.n_kv_heads, model.d_head)
+        values = self.value(x).reshape(B, T, model.n_kv_heads, model.d_head)
+        if model.positions == "rotary":
+            queries = apply_rope(queries, context.positions, model.rope_theta)
+            keys = apply_rope(keys, context.positions, model.rope_theta)
+        if stored is not None:
+            stored = KeyValues(
+                jax.lax.dynamic_update_slice_in_dim(stored.keys, keys.astype(stored.keys.dtype), context.write_at, 1),
+                jax.lax.dynamic_update_slice_in_dim(
+                    stored.values, values.astype(stored.values.dtype), context.write_at, 1
+                ),
+            )
+            keys, values = stored.keys.astype(self.dtype), stored.values.astype(self.dtype)
+        mixed = attention(queries, keys, values, context.mask, implementation=model.attention_implementation)
+        return self.output(mixed.reshape(B, T, -1)), stored
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after the sum (post)."""
+
+    model: ModelConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        self.attention_norm, self.mlp_norm = Norm(self.model), Norm(self.model)
+        self.attention = Attention(self.model, self.dtype)
+        self.mlp = FeedForward(self.model, self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        key: Key | None = None,
+        stored: KeyValues | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        rate = self.model.dropout
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        if self.model.norm_position == "pre":
+            mixed, stored = self.attention(self.attention_norm(x), context, stored)
+            x = x + dropout(mixed, rate, attention_key)
+            return x + dropout(self.mlp(self.mlp_norm(x)), rate, mlp_key), stored
+        mixed, stored = self.attention(x, context, stored)
+        x = self.attention_norm(x + dropout(mixed, rate, attention_key))
+        return self.mlp_norm(x + dropout(self.mlp(x), rate, mlp_key)), stored

@@ -1,0 +1,78 @@
+"""The leaves: linear map, norm, feed-forward, dropout. They read weights; `weights.py` says what those are."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from numpy.typing import DTypeLike
+
+from stackwise_jax.ops.matmul import matmul
+from stackwise_jax.schema import ModelConfig
+from stackwise_jax.types import Key
+
+ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias. Reads with `get_variable`, which leaves the storage of the kernel to `ops.matmul`."""
+
+    dtype: DTypeLike
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        y = matmul(x, self.get_variable("params", "kernel"), dtype=self.dtype)
+        bias = self.get_variable("params", "bias")
+        return y if bias is None else jnp.add(y, _as_row(bias.astype(self.dtype), y))
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016), in float32 inside, in x's dtype outside."""
+
+    model: ModelConfig
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return apply_norm(self.get_variable("params", "scale"), self.get_variable("params", "bias"), x, self.model)
+
+
+def apply_norm(scale: Array, bias: Array | None, x: Float[Array, "*B D"], model: ModelConfig) -> Float[Array, "*B D"]:
+    """Normalises the last axis; `bias` is None for RMSNorm."""
+    wide = x.astype(jnp.float32)
+    if model.norm == "layernorm":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(variance + model.norm_epsilon) * _as_row(scale.astype(jnp.float32), x)
+    if bias is not None:
+        wide = wide + _as_row(bias.astype(jnp.float32), x)
+    return wide.astype(x.dtype)
+
+
+def _as_row(vector: Array, like: Array) -> Array:
+    """Gives a vector the rank of `like`, so that broadcasting over it is explicit."""
+    return jnp.expand_dims(vector, tuple(range(like.ndim - 1)))
+
+
+class FeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)) for SwiGLU and GeGLU (Shazeer, 2020), down(act(up(x))) for GELU."""
+
+    model: ModelConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        self.up, self.down = Linear(self.dtype), Linear(self.dtype)
+        if self.model.ffn != "gelu":
+            self.gate = Linear(self.dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        activation: Any = ACTIVATIONS[self.model.ffn]
+        if self.model.ffn == "gelu":
+            return self.down(activation(self.up(x)))
+        return self.down(activation(self.gate(x)) * self.up(x))
+
+
+def dropout(x: Float[Array, "B T D"], rate: float, key: Key | None) -> Float[Array, "B T D"]:
+    """Zeroes a share `rate` of the entries and scales the rest up; without a key, or at rate 0, returns x."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

@@ -1,0 +1,134 @@
+"""The rack: embedding, a list of stacks, head. `{"embedding": ..., "stacks": [...], "head": ...}`.
+
+A plain tree of arrays. A tied head has no `table` of its own and reads the embedding's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from numpy.typing import DTypeLike
+
+from stackwise_jax.models import weights
+from stackwise_jax.models.block import Context, KeyValues
+from stackwise_jax.models.layers import apply_norm, dropout
+from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
+from stackwise_jax.ops.mask import Mask
+from stackwise_jax.schema import ModelConfig
+from stackwise_jax.types import Key, Params
+
+# Streams of the run's key, so that no two parts of a rack ever draw the same numbers.
+EMBEDDING_STREAM, BLOCKS_STREAM, HEAD_STREAM = 0, 1, 2
+
+
+def init_embedding(key: Key, model: ModelConfig) -> Params:
+    """Draws the embedding from the run's key."""
+    return weights.init_weights(jax.random.fold_in(key, EMBEDDING_STREAM), weights.embedding_table(model))
+
+
+def init_head(key: Key, model: ModelConfig) -> Params:
+    """Draws the final norm and, unless tied, the output table from the run's key."""
+    table = weights.head_table(model, tied=model.ties_embedding)
+    return weights.init_weights(jax.random.fold_in(key, HEAD_STREAM), table)
+
+
+def init_rack_stack(key: Key, model: ModelConfig, first_block: int, n_blocks: int) -> Params:
+    """Draws one stack from the run's key."""
+    return init_stack(jax.random.fold_in(key, BLOCKS_STREAM), model, first_block, n_blocks)
+
+
+def init_rack(key: Key, model: ModelConfig, sizes: tuple[int, ...]) -> Params:
+    """Draws a whole rack with stacks of `sizes` blocks."""
+    return {
+        "embedding": init_embedding(key, model),
+        "stacks": [init_rack_stack(key, model, sum(sizes[:i]), size) for i, size in enumerate(sizes)],
+        "head": init_head(key, model),
+    }
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """Parameters of a whole rack, a tied table counted once."""
+    return (
+        weights.count(weights.embedding_table(model))
+        + model.n_blocks * weights.count(weights.block_table(model))
+        + weights.count(weights.head_table(model, tied=model.ties_embedding))
+    )
+
+
+def apply_embedding(
+    params: Params,
+    inputs: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+    key: Key | None = None,
+) -> Float[Array, "B T D"]:
+    """Looks tokens up, adds learned positions and the norm where the model has them."""
+    x = params["tokens"][inputs]
+    if model.positions == "learned":
+        x = x + params["positions"][positions]
+    if model.embedding_norm:
+        x = apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model)
+    return dropout(x.astype(dtype), model.dropout, key)
+
+
+def apply_head_norm(params: Params, x: Float[Array, "B T D"], model: ModelConfig) -> Float[Array, "B T D"]:
+    """The final norm of a pre-norm rack; a post-norm block already ends in one."""
+    if model.norm_position == "post":
+        return x
+    return apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model)
+
+
+def output_table(head: Params, embedding: Params) -> Float[Array, "V D"]:
+    """The table that logits are taken against: the head's own, or the embedding's when tied."""
+    return head["table"] if "table" in head else embedding["tokens"]
+
+
+def row_context(model: ModelConfig, segments: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Context:
+    """The context of whole packed rows."""
+    return Context(positions, Mask(kind=model.attention, segments=segments))
+
+
+def apply_rack(
+    rack: Params,
+    inputs: Int[Array, "B T"],
+    context: Context,
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+) -> Float[Array, "B T D"]:
+    """Runs the whole rack, without dropout, up to and including the final norm; multiply by `output_table` for logits."""
+    x = apply_embedding(rack["embedding"], inputs, context.positions, model, dtype=dtype)
+    for stack in rack["stacks"]:
+        x = apply_stack(stack, x, context, model, dtype=dtype)
+    return apply_head_norm(rack["head"], x, model)
+
+
+def init_key_values(rack: Params, model: ModelConfig, batch: int, length: int, *, dtype: DTypeLike) -> list[KeyValues]:
+    """Empty stored keys and values for `length` places, one entry per stack."""
+
+    def empty(n_blocks: int) -> Array:
+        return jnp.zeros((n_blocks, batch, length, model.n_kv_heads, model.d_head), dtype)
+
+    return [KeyValues(empty(stack_size(s)), empty(stack_size(s))) for s in rack["stacks"]]
+
+
+def decode_rack(
+    rack: Params,
+    inputs: Int[Array, "B T"],
+    context: Context,
+    stored: list[KeyValues],
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "B V"], list[KeyValues]]:
+    """Reads `T` more places after those stored; returns float32 logits of the last one and what is stored now."""
+    x = apply_embedding(rack["embedding"], inputs, context.positions, model, dtype=dtype)
+    extended = []
+    for stack, stack_stored in zip(rack["stacks"], stored, strict=True):
+        x, stack_stored = decode_stack(stack, x, context, stack_stored, model, dtype=dtype)
+        extended.append(stack_stored)
+    last = apply_head_norm(rack["head"], x[:, -1:], model)[:, 0]
+    table = output_table(rack["head"], rack["embedding"])
+    logits = jnp.einsum("BD,VD->BV", last, table.astype(last.dtype), preferred_element_type=jnp.float32)
+    return logits, extended

@@ -1,0 +1,100 @@
+"""A stack: consecutive equal blocks whose parameters share a leading axis, applied by one scan."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from numpy.typing import DTypeLike
+
+from stackwise_jax.models import weights
+from stackwise_jax.models.block import Block, Context, KeyValues
+from stackwise_jax.schema import ModelConfig
+from stackwise_jax.types import Key, Params
+
+# What the backward pass of a block keeps: everything, the matmul outputs, or only the block's input.
+REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda body: body,
+    "dots": lambda body: jax.checkpoint(
+        body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
+    ),
+    "full": lambda body: jax.checkpoint(body, prevent_cse=False),
+}
+
+
+def init_stack(key: Key, model: ModelConfig, first_block: int, n_blocks: int) -> Params:
+    """Draws blocks `first_block ..` of the rack; a block's values depend on its place in the rack, not on grouping."""
+    table = weights.block_table(model)
+    keys = jax.vmap(lambda block: jax.random.fold_in(key, block))(first_block + jnp.arange(n_blocks))
+    return jax.vmap(lambda own_key: weights.init_weights(own_key, table))(keys)
+
+
+def stack_size(params: Params) -> int:
+    """Number of blocks in a stack."""
+    return jax.tree.leaves(params)[0].shape[0]
+
+
+def apply_stack(
+    params: Params,
+    x: Float[Array, "B T D"],
+    context: Context,
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+    remat: str = "none",
+    key: Key | None = None,
+) -> Float[Array, "B T D"]:
+    """Runs the blocks of a stack in turn.
+
+    Args:
+      params: block parameters with a leading axis `L`.
+      dtype: of matmul inputs and of the residual stream.
+      remat: a key of `REMAT`.
+      key: for dropout; None leaves it out.
+    """
+    block = Block(model, dtype)
+    n_blocks = stack_size(params)
+    keys = None if key is None or model.dropout == 0.0 else jax.random.split(key, n_blocks)
+
+    def body(hidden: Array, of_block: tuple[Params, Key | None]) -> tuple[Array, None]:
+        block_params, block_key = of_block
+        return block.apply({"params": block_params}, hidden, context, block_key)[0], None
+
+    return jax.lax.scan(REMAT[remat](body), x.astype(dtype), (params, keys), length=n_blocks)[0]
+
+
+def decode_stack(
+    params: Params,
+    x: Float[Array, "B T D"],
+    context: Context,
+    stored: KeyValues,
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "B T D"], KeyValues]:
+    """As `apply_stack`, reading and extending the stored keys and values (leading axis `L`) of earlier places."""
+    block = Block(model, dtype)
+
+    def body(hidden: Array, of_block: tuple[Params, KeyValues]) -> tuple[Array, KeyValues]:
+        block_params, block_stored = of_block
+        return block.apply({"params": block_params}, hidden, context, None, block_stored)
+
+    return jax.lax.scan(body, x.astype(dtype), (params, stored))
+
+
+def regroup(stacks: Sequence[Params], sizes: Sequence[int]) -> list[Params]:
+    """Cuts the same blocks into stacks of other sizes; a pure reshape.
+
+    Raises:
+      ValueError: the sizes do not add up to the blocks there are.
+    """
+    total = sum(stack_size(stack) for stack in stacks)
+    if sum(sizes) != total:
+        raise ValueError(f"sizes={list(sizes)} add up to {sum(sizes)}, but there are {total} blocks")
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        jax.tree.map(lambda leaf, start=start, size=size: leaf[start : start + size], joined)
+        for start, size in zip(starts, sizes, strict=True)
+    ]

@@ -1,0 +1,133 @@
+"""Attention: the one public call, the exact reference, and the decision which kernel serves a call.
+
+Softmax attention (Vaswani et al., 2017) with grouped queries (Ainslie et al., 2023): K key-value heads serve N query
+heads. A kernel is never given a window: cuDNN's window without causality attends to the whole future.
+"""
+
+import re
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.ops.mask import Mask
+
+IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn")
+Kernel = Literal["xla", "cudnn"]
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask | Bool[Array, "b 1 T S"],
+    *,
+    implementation: str = "auto",
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scale * q k^T) v over the visible keys, query head n reading key-value head n // (N / K).
+
+    Args:
+      q, k, v: of one dtype; N is a multiple of K.
+      mask: a `Mask` when the row attends to itself (T = S), or the array itself, b being B or 1. A row of the array
+        without a visible key yields numbers without meaning; a `Mask` has none.
+      implementation: auto (cudnn where it can serve, else xla), reference, xla or cudnn.
+      scale: of the logits; None: 1 / sqrt(H).
+
+    Returns:
+      One vector a query and head, in q.dtype. The softmax is float32 whatever the inputs.
+
+    Raises:
+      UserError: the implementation is unknown, or is named and cannot serve this call on this device.
+      ValueError: the shapes do not fit.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(
+            f'model.attention_implementation="{implementation}" is not one of {", ".join(IMPLEMENTATIONS)}.'
+            + did_you_mean(implementation, IMPLEMENTATIONS)
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads cannot be shared out over {k.shape[2]} key-value heads")
+    if isinstance(mask, Mask) and q.shape[1] != k.shape[1]:
+        raise ValueError(f"a Mask is for a row that attends to itself, not {q.shape[1]} queries on {k.shape[1]} keys")
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    if implementation == "reference":
+        visible = mask.as_array(q.shape[1]) if isinstance(mask, Mask) else mask
+        return _reference(q, k, v, visible, scale)
+
+    if isinstance(mask, Mask):
+        is_causal = mask.kind == "causal" and not mask.has_data
+        needs_array = mask.has_data or mask.kind == "prefix"
+        visible = mask.as_array(q.shape[1]) if needs_array else None
+    else:
+        is_causal, visible = False, mask
+    refusal = cudnn_refusal(q, k, v, has_mask_array=visible is not None)
+    if implementation == "cudnn" and refusal:
+        raise UserError(f'model.attention_implementation="cudnn" {refusal}; use "auto" or "xla".')
+    kernel: Kernel = "xla" if refusal or implementation == "xla" else "cudnn"
+    # JAX's call mixes dtypes inside, which strict promotion would refuse although the result is as wanted.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=visible, is_causal=is_causal, scale=scale, implementation=kernel
+        )
+
+
+def cudnn_refusal(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, has_mask_array: bool
+) -> str | None:
+    """Returns why cuDNN cannot serve a call on the default device, as the rest of a sentence; None when it can.
+
+    Args:
+      q, k, v: the call's arrays; only shapes and dtypes are read.
+      has_mask_array: whether the mask must be passed as an array, which neither "causal" nor "no mask" needs.
+    """
+    capability = _cuda_capability()
+    if capability is None or capability < (8, 0):
+        device = jax.local_devices()[0].device_kind
+        return f"needs an NVIDIA GPU of compute capability 8.0 (A100) or newer, and the device is {device}"
+    dtypes = {x.dtype.name for x in (q, k, v)}
+    if dtypes not in ({"bfloat16"}, {"float16"}):
+        return f"needs bfloat16 or float16 queries, keys and values, not {' and '.join(sorted(dtypes))}"
+    d_head, longest = q.shape[-1], 256 if capability >= (9, 0) else 128
+    if d_head % 8 or d_head > longest:
+        return f"needs a head dimension that is a multiple of 8 and at most {longest} on this GPU, not {d_head}"
+    if has_mask_array and (q.shape[1] % 2 or k.shape[1] % 128):
+        # Otherwise its backward pass returns NaN in dQ on Hopper for rows of strongly negative logits (S % 128 == 64),
+        # https://github.com/pytorch/pytorch/issues/196678, or has no kernel (odd lengths).
+        return (
+            "needs an even number of queries and a multiple of 128 keys where documents, prefixes or a cache are "
+            f"masked, not {q.shape[1]} and {k.shape[1]}"
+        )
+    return None
+
+
+def _cuda_capability() -> tuple[int, int] | None:
+    """Returns the compute capability of the default device, None when it is no NVIDIA GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    # AMD's devices, which are "gpu" too, give the name of an architecture here.
+    match = re.fullmatch(r"(\d+)\.(\d+)", str(jax.local_devices()[0].compute_capability))
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    visible: Bool[Array, "b 1 T S"],
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """The formula as it is written, in float32 up to the probabilities: what the kernels are compared with."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, T, K, N // K, H)
+    # The highest precision, because float32 matmuls on a GPU otherwise round their inputs to 10 bits.
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, precision="highest", preferred_element_type=jnp.float32)
+    logits = jnp.where(visible[:, :, None], logits * scale, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    if v.dtype.itemsize == 2:
+        probabilities = probabilities.astype(v.dtype)
+    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v, precision="highest", preferred_element_type=jnp.float32)
+    return mixed.reshape(B, T, N, H).astype(q.dtype)

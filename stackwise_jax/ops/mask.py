@@ -1,0 +1,86 @@
+"""Decides who may attend to whom: an attention mask as a few numbers, and the boolean array that it stands for.
+
+Kernels read the numbers (a causal mask without documents needs no array at all); the array is the oracle that every
+implementation must agree with. Padding attends to padding, so no query ever has an empty row, whose softmax would be
+undefined.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+MaskKind = Literal["causal", "bidirectional", "prefix"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The mask of a row that attends to itself.
+
+    Attributes:
+      kind: causal (a place sees itself and what is before it), bidirectional (everything), or prefix (the first
+        `prefix_lengths` places of the row see each other, the rest is causal). Static under `jax.jit`.
+      segments: document number of each place, from 1; 0 is padding. Places see their own document only. None: the row
+        is one document.
+      prefix_lengths: length of each row's prefix, counted from the start of the row; given if and only if the kind is
+        prefix.
+    """
+
+    kind: MaskKind = dataclasses.field(metadata={"static": True})
+    segments: Int[Array, "B T"] | None = None
+    prefix_lengths: Int[Array, "B"] | None = None
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the mask differs from row to row, so that `kind` alone does not tell it."""
+        return self.segments is not None or self.prefix_lengths is not None
+
+    def as_array(self, length: int) -> Bool[Array, "b 1 T T"]:
+        """Returns the mask of rows of `length` places: [b, 0, t, s] is True where place t sees place s.
+
+        b is B, or 1 when the mask is the same for every row (`has_data` is False).
+
+        >>> Mask("causal").as_array(3)[0, 0].astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+        Raises:
+          ValueError: `length` is not the width of `segments`, or `prefix_lengths` does not go with `kind`.
+        """
+        if (self.kind == "prefix") != (self.prefix_lengths is not None):
+            raise ValueError(f"a mask of kind {self.kind!r} takes prefix_lengths if and only if the kind is 'prefix'")
+        if self.segments is not None and self.segments.shape[1] != length:
+            raise ValueError(f"segments are {self.segments.shape[1]} places wide, the rows {length}")
+        place = jnp.arange(length)
+        if self.kind == "bidirectional":
+            visible = jnp.ones((1, 1, length, length), bool)
+        else:
+            visible = (place[None, :] <= place[:, None])[None, None]
+        if self.prefix_lengths is not None:
+            # A key inside the prefix is seen from everywhere: from the prefix by its rule, from after it by causality.
+            visible = visible | (place[None, None, None, :] < self.prefix_lengths[:, None, None, None])
+        if self.segments is not None:
+            visible = visible & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+        return visible
+
+
+def decoding_mask(
+    query_positions: Int[Array, "B T"], key_count: int, first: Int[Array, "B"] | None = None
+) -> Bool[Array, "B 1 T S"]:
+    """Returns which of the `key_count` slots of a key-value cache each new query sees: those up to its own slot.
+
+    Args:
+      query_positions: slot of the cache in which each query's own key lies, from 0.
+      key_count: slots of the cache, filled or not.
+      first: first slot that holds a token, for prompts padded on the left. Padding before it is seen by padding alone.
+        None: slot 0.
+    """
+    slot = jnp.arange(key_count)[None, None, None, :]
+    query = query_positions[:, None, :, None]
+    visible = slot <= query
+    if first is not None:
+        start = first[:, None, None, None]
+        visible = visible & ((slot >= start) == (query >= start))
+    return visible

@@ -1,0 +1,202 @@
+"""What a run is: frozen dataclasses that hold every default, each field explained where it stands.
+
+Code reads these; a person edits the `ConfigDict` that mirrors them (`config.default()`). Nothing here checks anything:
+`config.resolve()` does.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchitectureConfig:
+    """The rack: `n_stacks` stacks of `blocks_per_stack` blocks."""
+
+    n_stacks: int = 4
+    blocks_per_stack: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
+
+    vocab_size: int = 2048  # pieces of the tokenizer, rounded up by nothing: ids are 0 .. vocab_size - 1
+    d_model: int = 128
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # None: n_heads (multi-head); fewer: grouped queries
+    d_head: int | None = None  # None: d_model / n_heads
+    d_ff: int = 512
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_position: str = "pre"  # pre | post (post has no final norm: the last block ends in one)
+    norm_epsilon: float = 1e-5
+    ffn: str = "swiglu"  # swiglu | geglu | gelu
+    positions: str = "rotary"  # rotary | learned | none
+    rope_theta: float = 10000.0
+    max_positions: int | None = None  # rows of a learned table; None: data.seq_len
+    embedding_norm: bool = False  # a norm right after the embedding, as in BERT
+    use_bias: bool = False
+    ties_embedding: bool = False  # the head reads the embedding's table
+    dropout: float = 0.0
+    attention: str = "causal"  # causal | bidirectional
+    attention_implementation: str = "auto"  # auto | reference | xla | cudnn; a named one that cannot serve is an error
+    init_std: float = 0.02
+    architecture: ArchitectureConfig = ArchitectureConfig()
+
+    @property
+    def n_blocks(self) -> int:
+        return self.architecture.n_stacks * self.architecture.blocks_per_stack
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes rows."""
+
+    source: str = "embedded"  # embedded (the Python standard library's text) | files and globs, comma-separated
+    validation_source: str = ""  # files and globs; empty: hold out `validation_fraction` of the documents
+    validation_fraction: float = 0.02
+    text_field: str = "text"  # of .jsonl files
+    tokenizer: str = ""  # a SentencePiece model file; empty: train one of model.vocab_size pieces on the source
+    seq_len: int = 256
+    isolate_documents: bool = True  # attention stays inside a document of a packed row
+    max_bytes: int | None = None  # of text read; None: all
+    max_rows: int | None = None  # rows trained on; None: all
+    cache_dir: str = ""  # prepared corpora and tokenizers; empty: $STACKWISE_CACHE or ~/.cache/stackwise_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted. Rates are masked fractions of the eligible places."""
+
+    name: str = "clm"  # clm | mlm
+    rate_min: float = 0.15  # equal to rate_max: a fixed rate
+    rate_max: float = 0.15
+    mask_form: str = "bernoulli"  # bernoulli | count
+    replacement: str = "bert"  # bert (80 % mask, 10 % random, 10 % kept) | mask (always the mask)
+    mask_variants: int = 4  # different corruptions of a row while its activations are cached
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgressiveConfig:
+    """How a rack grows, one stack a phase."""
+
+    enabled: bool = True  # False: every stack is live in one phase, which is training.mode='end_to_end'
+    trunk_strategy: str = "frozen"
+    new_stack_precision: str | None = None  # compute precision of the live stack; None: precision.compute
+    # Keep what the trunk outputs, so that depth k costs what depth 1 costs. None: wherever a path allows it.
+    cache_activations: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The curriculum and the step. A budget reads "200 steps", "1_500 steps", "5M tokens" or "1.2B tokens"."""
+
+    mode: str = "stackwise"  # layerwise | blockwise | stackwise | end_to_end
+    block_group: int = 1  # blocks a stack in blockwise mode
+    embedding_phase: str = "alone"  # alone (a phase 0 for embedding and head) | with_first_stack
+    head: str = "live"  # after the embedding is settled: live | frozen | copy (untie, then live)
+    phase_budget: str = "200 steps"  # of each stack's phase (end_to_end: of the run); or "5M tokens"
+    embedding_budget: str = "100 steps"  # of phase 0
+    batch_size: int = 16  # rows an update
+    accumulation_steps: int = 1  # micro-batches an update
+    remat: str = "none"  # none | dots (keep matmul outputs) | full (keep block inputs only)
+    execution: str = "auto"  # auto | fused | chained
+    loss_chunk_tokens: int = 2048  # tokens whose logits exist at once
+    progressive: ProgressiveConfig = ProgressiveConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, 2019) or Muon (Jordan, 2024), and the schedule that every phase restarts."""
+
+    name: str = "adamw"  # adamw | muon (matrices of the blocks; the rest by AdamW)
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.02
+    head_learning_rate_scale: float = 1.0  # of a head that stays live after the embedding is settled
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # of matrices only
+    clip_norm: float = 1.0  # global gradient norm; 0: no clip
+    schedule: str = "wsd"  # wsd (warm-up, stable, linear decay) | cosine
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.2  # of wsd
+    final_fraction: float = 0.1  # learning rate at the end, of its peak
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """Storage and arithmetic. Master weights, optimiser state, losses and norms are float32."""
+
+    compute: str = "fp32"  # matmul inputs: fp32 | bf16
+    trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16
+    cache: str = "fp32"  # storage of cached activations: fp32 | bf16
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """The activation cache."""
+
+    tier: str = "device"
+    chunk_bytes: int = 128 * 2**20
+    on_mismatch: str = "rebuild"  # rebuild | stop
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Snapshots of the live state; every phase boundary is one besides."""
+
+    every_minutes: float = 10.0
+    every_steps: int | None = None
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on held-out text."""
+
+    rows: int = 64  # held-out rows, for the loss after every phase
+    every_steps: int | None = None  # also inside a phase
+    ngrams: bool = False  # unigram and add-k bigram loss on the same tokens
+    one_block_control: bool = False  # also train one block end to end at equal FLOPs
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """Samples printed when a causal run ends."""
+
+    samples: int = 0
+    tokens: int = 96
+    prompt: str = ""
+    temperature: float = 0.8
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Metrics go to metrics.jsonl always, and to TensorBoard files when the `tensorboard` extra is installed."""
+
+    every_steps: int = 10
+    peak_flops: float | None = None  # FLOP/s that MFU is a share of; None: the device table in train/metrics.py
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run. Every field of every section is documented where it is declared."""
+
+    name: str = "run"
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    cache: CacheConfig = CacheConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    generation: GenerationConfig = GenerationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+# Sections that may differ when a run folder is continued: they change no number that a run computes.
+FREE_SECTIONS = ("checkpoint", "logging", "generation")

@@ -1,0 +1,1 @@
+"""The run: curriculum, optimiser, step, checkpoint, metrics, loop."""

@@ -1,0 +1,153 @@
+"""The chained execution of a path: a Python-driven chain of per-stack programs instead of one compiled step.
+
+Forward stack by stack keeping the boundary activations, head and loss, then backward stack by stack, each recomputing its
+own inside; then one update per part. Compiled once per distinct stack shape whatever the depth. Its gradients equal the
+fused step's (a law of the tests); it takes and returns the same things.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from stackwise_jax.models.block import Context
+from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context
+from stackwise_jax.models.stack import apply_stack
+from stackwise_jax.train import optimizer
+from stackwise_jax.train.curriculum import Role, Signature
+from stackwise_jax.train.state import TrainState
+from stackwise_jax.train.step import Program, StepFunction, head_loss, join_parts
+from stackwise_jax.types import Batch, Example, Key, Params
+
+
+class ChainedGradients:
+    """Callable as what `make_gradients` returns, driven from Python; holds the per-stack programs."""
+
+    def __init__(self, program: Program, signature: Signature) -> None:
+        self.program, self.signature = program, signature
+        self.model = program.config.model
+        self._prepare = jax.jit(lambda batch: program.corrupt(program.mask_key, batch))
+        self._embed = jax.jit(self._apply_embedding)
+        self._embed_vjp = jax.jit(self._pull_embedding)
+        self._forward = jax.jit(self._apply_stack, static_argnums=0)
+        self._vjp = jax.jit(self._pull_stack, static_argnums=0)
+        self._head = jax.jit(jax.value_and_grad(self._apply_head, argnums=(0, 2)))
+        self._add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
+
+    def __call__(
+        self, live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None
+    ) -> tuple[Params, Array, Array]:
+        pieces = self.program.config.training.accumulation_steps
+        total: Any = None
+        for index in range(pieces):
+            batch_piece, activation_piece = jax.tree.map(
+                lambda leaf, i=index: leaf[i * (leaf.shape[0] // pieces) : (i + 1) * (leaf.shape[0] // pieces)],
+                (batch, activations),
+            )
+            own_key = key if key is None or pieces == 1 else jax.random.fold_in(key, index)
+            piece = self._one_piece(live, frozen, batch_piece, activation_piece, own_key)
+            total = piece if total is None else self._add(total, piece)
+        return total
+
+    def _one_piece(
+        self, live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None
+    ) -> tuple[Params, Array, Array]:
+        body = self.signature.body
+        parts = join_parts(live, frozen)
+        example = self._prepare(batch)
+        context = row_context(self.model, example.segments, example.positions)
+        keys = [None] * (len(body) + 1) if key is None else list(jax.random.split(key, len(body) + 1))
+        live_stacks, frozen_stacks = iter(parts["stacks"]), iter(parts["frozen_stacks"])
+        stacks = [next(live_stacks if role is Role.LIVE else frozen_stacks) for _, role in body]
+
+        x = self._embed(parts["embedding"], example, keys[0]) if activations is None else activations
+        boundaries = []
+        for (_, role), stack, stack_key in zip(body, stacks, keys[1:], strict=True):
+            boundaries.append(x)
+            x = self._forward(role, stack, x, context, stack_key)
+
+        near_head = {name: live[name] for name in ("embedding", "head") if name in live}
+        loss, (grads, pull) = self._head(near_head, {"head": parts["head"], **frozen}, x, example)
+        grads["stacks"] = []
+        for (_, role), stack, stack_key in reversed(list(zip(body, stacks, keys[1:], strict=True))):
+            stack_grads, pull = self._vjp(role, stack, boundaries.pop(), context, stack_key, pull)
+            if role is Role.LIVE:
+                grads["stacks"].insert(0, stack_grads)
+        if "embedding" in live:
+            pulled = self._embed_vjp(live["embedding"], example, keys[0], pull)
+            grads["embedding"] = self._add(grads["embedding"], pulled)
+        grads = {name: grads[name] for name in live}
+        return grads, loss, jnp.sum(example.weights)
+
+    def _apply_embedding(self, params: Params, example: Example, key: Key | None) -> Array:
+        return apply_embedding(params, example.inputs, example.positions, self.model, dtype=self.program.dtype, key=key)
+
+    def _pull_embedding(self, params: Params, example: Example, key: Key | None, pull: Array) -> Params:
+        return jax.vjp(lambda p: self._apply_embedding(p, example, key), params)[1](pull)[0]
+
+    def _apply_stack(self, role: Role, params: Params, x: Array, context: Context, key: Key | None) -> Array:
+        if role is Role.FROZEN:
+            return apply_stack(params, x, context, self.model, dtype=self.program.dtype)
+        remat = self.program.config.training.remat
+        return apply_stack(params, x, context, self.model, dtype=self.program.live_dtype, remat=remat, key=key)
+
+    def _pull_stack(
+        self, role: Role, params: Params, x: Array, context: Context, key: Key | None, pull: Array
+    ) -> tuple[Params | None, Array]:
+        if role is Role.FROZEN:
+            return None, jax.vjp(lambda h: self._apply_stack(role, params, h, context, key), x)[1](pull)[0]
+        return jax.vjp(lambda p, h: self._apply_stack(role, p, h, context, key), params, x)[1](pull)
+
+    def _apply_head(self, live: Params, frozen: Params, x: Array, example: Example) -> Float[Array, ""]:
+        parts = {**frozen, **live}
+        hidden = apply_head_norm(parts["head"], x.astype(self.program.dtype), self.model)
+        table = output_table(parts["head"], parts.get("embedding", {}))
+        return head_loss(self.program, hidden, table, example)
+
+
+def make_chained_step(program: Program, signature: Signature) -> StepFunction:
+    """Builds the chained step of a signature; same arguments and results as `make_train_step`."""
+    gradients = ChainedGradients(program, signature)
+    config = program.config.optimizer
+    transforms = optimizer.make_transforms(config, scales_head=signature.embedding is Role.FROZEN)
+    square = jax.jit(lambda tree: optax.tree.norm(tree, squared=True))
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+    def update(
+        kind: str, params: Params, state: Any, grads: Params, factor: Float[Array, ""], fraction: Float[Array, ""]
+    ) -> tuple[Params, Any]:
+        grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
+        return optimizer.update_part(transforms[kind], grads, state, params, fraction)
+
+    def train_step(
+        state: TrainState,
+        frozen: Params,
+        batch: Batch,
+        activations: Array | None,
+        fraction: Float[Array, ""],
+        step: Int[Array, ""],
+    ) -> tuple[TrainState, dict[str, Array]]:
+        grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
+        weight = jnp.maximum(weight, 1.0)
+        norm = jnp.sqrt(sum(square(part) for part in _parts(grads))) / weight
+        factor = optimizer.clip_scale(norm, config.clip_norm) / weight
+        params: Params = {}
+        states: Params = {}
+        for name, part in state.params.items():
+            if name == "stacks":
+                triples = zip(part, state.optimizer[name], grads[name], strict=True)
+                pairs = [update(name, *triple, factor, fraction) for triple in triples]
+                params[name], states[name] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            else:
+                params[name], states[name] = update(name, part, state.optimizer[name], grads[name], factor, fraction)
+        return TrainState(params, states), {"loss": total / weight, "gradient_norm": norm, "weight": weight}
+
+    return train_step
+
+
+def _parts(grads: Params) -> list[Params]:
+    """Each part on its own, so that equal stacks share one program."""
+    return [part for name, value in grads.items() for part in (value if name == "stacks" else [value])]

@@ -1,0 +1,288 @@
+"""The loop: phases in order, one step after another. The only place with side effects and a clock.
+
+Per phase: bring the caches to the phase's trunk, add its live stacks, train, evaluate, settle what freezes, save. A run
+that was stopped continues from its newest snapshot with the same numbers as if it had not been.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from stackwise_jax.data.corpus import Corpus
+from stackwise_jax.data.pipeline import chunk_layout, make_batches
+from stackwise_jax.errors import UserError
+from stackwise_jax.memory import budget
+from stackwise_jax.memory.precision import to_storage
+from stackwise_jax.objectives.objective import Vocabulary, make_corrupt, variants
+from stackwise_jax.schema import RunConfig
+from stackwise_jax.train import checkpoint
+from stackwise_jax.train.chained import make_chained_step
+from stackwise_jax.train.checkpoint import RunFolder
+from stackwise_jax.train.curriculum import Phase, Role, Signature
+from stackwise_jax.train.metrics import MetricsWriter, Progress, peak_flops, readable_time
+from stackwise_jax.train.optimizer import schedule_fraction
+from stackwise_jax.train.plan import Plan, describe, make_plan
+from stackwise_jax.train.state import (
+    Frozen,
+    TrainState,
+    fresh_lasting_parts,
+    fresh_stacks,
+    join_states,
+    part_shape,
+    snapshot_shape,
+    untie_head,
+)
+from stackwise_jax.train.step import Program, make_evaluation, make_train_step
+from stackwise_jax.train.trunk import TrunkInputs
+from stackwise_jax.types import Params
+
+MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands: everything that is not an array."""
+
+    phase: int = 0
+    phase_step: int = 0
+    step: int = 0
+    done_flops: float = 0.0
+    held_out: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run: the plan, the finished rack, and the held-out figures after every phase."""
+
+    plan: Plan
+    rack: Params
+    held_out: dict[str, dict[str, float]]
+
+
+def make_program(config: RunConfig, corpus: Corpus, n_rows: int) -> Program:
+    """The static part of every compiled function of a run."""
+    tokenizer = corpus.tokenizer
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
+    return Program(config, make_corrupt(config.objective, vocabulary, n_rows=n_rows))
+
+
+def run(config: RunConfig, corpus: Corpus, workdir: Path, *, say: Callable[[str], None] = print) -> Result:
+    """Trains a run to its end, from the beginning or from where its folder stands."""
+    return Run(config, corpus, workdir, say).to_end()
+
+
+class Run:
+    """One run in one process."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus, workdir: Path, say: Callable[[str], None]) -> None:
+        row_bytes = budget.row_bytes(config, variants(config.objective))
+        layout = chunk_layout(corpus.train.n_rows, config.training.batch_size, row_bytes, config.cache.chunk_bytes)
+        self.config, self.corpus = config, corpus
+        self.plan = make_plan(config, layout.n_rows)
+        self.folder = RunFolder(workdir, config)
+        self.program = make_program(config, corpus, layout.n_rows)
+        self.inputs = TrunkInputs(self.program, corpus, layout)
+        self.batches = iter(
+            make_batches(
+                corpus.train,
+                layout,
+                batch_size=config.training.batch_size,
+                seed=config.seed,
+                isolate_documents=config.data.isolate_documents,
+            )
+        )
+        self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
+        self.state = TrainState({}, {})
+        self._steps: dict[Signature, Any] = {}
+        self._evaluations: dict[Signature, Any] = {}
+        (workdir / "tokenizer.model").write_bytes(corpus.tokenizer.model)
+        checkpoint.write_text(workdir / "plan.txt", describe(self.plan) + "\n")
+        say(describe(self.plan))
+        self._begin(say)
+        self.writer = MetricsWriter(workdir, resume_step=self.position.step)
+        self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops))
+        self.progress.count(self.position.done_flops)
+        self._saved_at = time.monotonic()
+
+    def to_end(self) -> Result:
+        """Trains every phase that is left."""
+        while self.position.phase < len(self.plan.phases):
+            self._run_phase(self.plan.phases[self.position.phase], self.plan.signatures[self.position.phase])
+        self.writer.close()
+        frozen = self.frozen
+        stacks = [frozen.stacks[stack] for stack in sorted(frozen.stacks)]
+        rack = {"embedding": frozen.embedding, "stacks": stacks, "head": frozen.head}
+        return Result(self.plan, rack, self.position.held_out)
+
+    # One phase.
+
+    def _run_phase(self, phase: Phase, signature: Signature) -> None:
+        if "stacks" not in self.state.params and phase.live_stacks:
+            self.state = join_states(self.state, fresh_stacks(self.config, self.program.key, phase))
+        self.inputs.prepare(phase, self.frozen, self.progress.note)
+        started = time.perf_counter()
+        self._train(phase, signature)
+        result = self._evaluate(phase, signature)
+        self.position.held_out[phase.name] = result
+        self.writer.write("held_out", self.position.step, {"phase": phase.name, **result})
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+        self.progress.say(f"{phase.name}: held-out {figures} ({readable_time(time.perf_counter() - started)})")
+        self._settle(phase)
+        self.position.done_flops += self.plan.pass_flops[self.position.phase]
+        self.progress.count(self.plan.pass_flops[self.position.phase])
+        self.position.phase, self.position.phase_step = self.position.phase + 1, 0
+        self._save()
+
+    def _train(self, phase: Phase, signature: Signature) -> None:
+        config, position = self.config, self.position
+        if signature not in self._steps:
+            self._steps[signature] = MAKE_STEP[signature.execution](self.program, signature)
+        step_function = self._steps[signature]
+        frozen = self.frozen_parts(phase, signature)
+        pending: tuple[int, dict[str, Array]] | None = None
+        data_seconds, logged = 0.0, position.phase_step
+        self.progress.start_clock()
+        while position.phase_step < phase.steps:
+            waited = time.perf_counter()
+            batch, activations = self.inputs.training_batch(phase, self.frozen, next(self.batches))
+            data_seconds += time.perf_counter() - waited
+            fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
+            self.state, metrics = step_function(
+                self.state, frozen, batch, activations, np.float32(fraction), np.int32(position.step)
+            )
+            position.step += 1
+            position.phase_step += 1
+            position.done_flops += self.plan.step_flops[position.phase]
+            if pending is not None:  # the previous step is certainly done, so reading it keeps the device busy
+                done, values = pending[0], _read(pending)
+                if done == 1 or done % config.logging.every_steps == 0:
+                    self._log(phase, done, values, done - logged, data_seconds)
+                    data_seconds, logged = 0.0, done
+            pending = (position.phase_step, metrics)
+            if self._snapshot_is_due():
+                _read(pending)
+                self._save()
+                self.progress.start_clock()
+            if config.evaluation.every_steps and position.phase_step % config.evaluation.every_steps == 0:
+                values = self._evaluate(phase, signature)
+                self.writer.write("held_out", position.step, {"phase": phase.name, **values})
+                self.progress.start_clock()
+        if pending is not None:
+            self._log(phase, pending[0], _read(pending), pending[0] - logged, data_seconds)
+
+    def _log(self, phase: Phase, done: int, values: dict[str, float], steps: int, data_seconds: float) -> None:
+        step = self.position.step - self.position.phase_step + done
+        flops = self.plan.step_flops[self.position.phase]
+        rates = self.progress.measure(flops * steps, self.plan.tokens_per_step * steps, data_seconds)
+        self.writer.write("train", step, {"phase": phase.name, "phase_step": done, **values, **rates})
+        self.progress.show(phase.name, done, phase.steps, values["loss"], rates)
+
+    def _evaluate(self, phase: Phase, signature: Signature) -> dict[str, float]:
+        """Held-out loss of the path as it stands, in nats per weighted token; a causal model also in bits per byte."""
+        if signature not in self._evaluations:
+            self._evaluations[signature] = make_evaluation(self.program, signature)
+        evaluate = self._evaluations[signature]
+        frozen = self.frozen_parts(phase, signature)
+        sums = [
+            evaluate(self.state.params, frozen, batch, activations)
+            for batch, activations in self.inputs.held_out_batches(phase, self.frozen)
+        ]
+        total, weight = (float(sum(column)) for column in zip(*sums, strict=True))
+        result = {"loss": total / max(weight, 1.0)}
+        if self.config.objective.name == "clm":
+            result["bits_per_byte"] = total / math.log(2) / max(self._held_out_bytes(), 1)
+        return result
+
+    def _held_out_bytes(self) -> int:
+        """Bytes of the text that the held-out loss asks for."""
+        size = self.corpus.tokenizer.piece_bytes
+        examples = (self.program.corrupt(self.program.mask_key, batch) for batch in self.inputs.held_out)
+        return sum(int(size[np.asarray(e.targets)[np.asarray(e.weights) > 0]].sum()) for e in examples)
+
+    def frozen_parts(self, phase: Phase, signature: Signature) -> Params:
+        """What the step runs through: only what it needs, so that equal signatures see equal trees."""
+        parts: Params = {
+            "frozen_stacks": [self.frozen.stacks[stack] for stack, role in phase.body if role is Role.FROZEN]
+        }
+        if signature.head is Role.FROZEN:
+            parts["head"] = self.frozen.head
+        if signature.embedding is Role.FROZEN and not signature.head_has_table:
+            parts["embedding"] = self.frozen.embedding
+        return parts
+
+    # State: beginning, settling, saving, restoring.
+
+    def _settle(self, phase: Phase) -> None:
+        """Moves what freezes from the live state to the frozen rack and writes each part once."""
+        state = untie_head(self.config, self.state) if phase.unties_head else self.state
+        params, optimizer = dict(state.params), dict(state.optimizer)
+        for stack, tree in zip(phase.live_stacks, params.pop("stacks", []), strict=True):
+            self._freeze("stacks", str(stack), f"{stack:04d}", to_storage(tree, self.config.precision.trunk))
+        optimizer.pop("stacks", None)
+        if phase.live_stacks and phase.head is Role.LIVE and "head" not in phase.settles:
+            last = phase.path[-1][0]
+            self.references["taps"][str(last)] = self.folder.write_part(f"tap-{last:04d}", params["head"])
+        for name in ("embedding", "head"):
+            if name in phase.settles:
+                self._freeze(name, name, name, params.pop(name))
+                optimizer.pop(name)
+        self.state = TrainState(params, optimizer)
+
+    def _freeze(self, kind: str, name: str, item: str, tree: Params) -> None:
+        self.references[kind][name] = self.folder.write_part(item, tree)
+        self.frozen.keep(kind, name, tree)
+
+    def _snapshot_is_due(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        if every is not None and self.position.phase_step % every == 0:
+            return True
+        return time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
+
+    def _save(self) -> None:
+        position = dataclasses.asdict(self.position)
+        meta = {"position": position, "data": self.batches.get_state(), "parts": self.references}
+        keep = self.config.checkpoint.keep
+        self.folder.write_step(self.position.phase, self.position.step, self.state, meta, keep=keep)
+        self._saved_at = time.monotonic()
+
+    def _begin(self, say: Callable[[str], None]) -> None:
+        """Starts from the newest snapshot, or from the seed where there is none."""
+        config, key = self.config, self.program.key
+        folder = checkpoint.latest_step(self.folder.path)
+        if folder is None:
+            self.state = fresh_lasting_parts(config, key, self.plan.phases[0], self.plan.signatures[0])
+            return
+        meta = checkpoint.read_meta(folder)
+        self.position, self.references = Position(**meta["position"]), meta["parts"]
+        self.batches.set_state(meta["data"])
+        self.frozen = checkpoint.read_frozen(self.folder.path, config, self.references)
+        phase = self.position.phase
+        at = "the end"
+        if phase < len(self.plan.phases):
+            inside = self.position.phase_step > 0
+            shape = snapshot_shape(config, key, self.plan.phases[phase], self.plan.signatures[phase], inside=inside)
+            self.state = checkpoint.read_tree(folder, shape)
+            at = f"step {self.position.phase_step} of phase {self.plan.phases[phase].name}"
+        say(f"continuing {self.folder.path} after {self.position.step} steps, at {at}")
+
+
+def _no_references() -> dict[str, dict[str, str]]:
+    return {"embedding": {}, "stacks": {}, "head": {}, "taps": {}}
+
+
+def _read(pending: tuple[int, dict[str, Array]]) -> dict[str, float]:
+    """Fetches the metrics of a step; stops the run before numbers that are not numbers are stored."""
+    values = {name: float(value) for name, value in pending[1].items()}
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        raise UserError(
+            f"loss={values['loss']} and gradient norm={values['gradient_norm']} at phase step {pending[0]}; the run "
+            "folder keeps the last good snapshot: lower optimizer.learning_rate, raise optimizer.warmup_fraction or "
+            "compute in fp32, in a new --workdir"
+        )
+    return values

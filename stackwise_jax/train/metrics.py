@@ -1,0 +1,163 @@
+"""What a run says while it runs: JSON lines always, TensorBoard when installed, and a progress line for people."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stackwise_jax.memory.budget import readable_bytes, readable_count
+
+# Dense bf16 peak of a device, FLOP/s, by a part of the name that JAX reports (vendors' data sheets).
+PEAK_FLOPS = {
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12, "V100": 125e12,
+    "4090": 165e12, "3090": 71e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
+}  # fmt: skip
+
+
+def peak_flops(configured: float | None) -> float | None:
+    """The FLOP/s that MFU is a share of; None where the device is not in the table and nothing is configured."""
+    if configured is not None:
+        return configured
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in kind.lower()), None)
+
+
+def device_memory() -> int | None:
+    """Bytes in use on the first device; None where the backend does not say (CPU)."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_in_use"] if stats else None
+
+
+def host_memory() -> int | None:
+    """Resident bytes of this process; None where the system does not say."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("VmRSS:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`; every object has a `step` and a `kind`."""
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        """Opens the file and drops what a continued run is about to write again: lines after `resume_step`."""
+        self._path = folder / "metrics.jsonl"
+        kept = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line)["step"] <= resume_step:
+                    kept.append(line)
+        self._path.write_text("".join(kept), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = _tensorboard(folder / "tensorboard")
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes one object; numbers also go to TensorBoard as `kind/name`."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+class Progress:
+    """The live line: phase, step, loss, tokens/s, ETA, MFU, memory, share of time waiting for data.
+
+    On a terminal one line is rewritten; elsewhere a line is printed at every call.
+    """
+
+    def __init__(self, *, total_flops: float, peak: float | None) -> None:
+        self._total_flops, self._peak = total_flops, peak
+        self._is_terminal = sys.stderr.isatty()
+        self._open_line = False
+        self._done_flops = self._run_seconds = 0.0
+        self._mark = time.perf_counter()
+
+    def skip(self, flops: float) -> None:
+        """Counts work that another process did before a resume."""
+        self._total_flops -= flops
+
+    def start_clock(self) -> None:
+        """Leaves what happened since the last call (compilation, evaluation, saving) out of the rates."""
+        self._mark = time.perf_counter()
+
+    def measure(self, flops: float, tokens: int, data_seconds: float) -> dict[str, float]:
+        """Rates since the last call for that much work."""
+        now = time.perf_counter()
+        seconds = max(now - self._mark, 1e-9)
+        self._mark = now
+        self._done_flops += flops
+        self._run_seconds += seconds
+        rates = {
+            "tokens_per_second": tokens / seconds,
+            "data_share": min(1.0, data_seconds / seconds),
+            "eta_seconds": (self._total_flops - self._done_flops) * self._run_seconds / max(self._done_flops, 1.0),
+        }
+        if self._peak is not None:
+            rates["mfu"] = flops / seconds / self._peak
+        return rates
+
+    def count(self, flops: float) -> None:
+        """Counts untimed work, so that the ETA does not expect it again."""
+        self._total_flops -= flops
+
+    def show(self, phase: str, step: int, steps: int, loss: float, rates: dict[str, float]) -> None:
+        """Shows the line."""
+        device, host = device_memory(), host_memory()
+        parts = [
+            f"{phase} {step}/{steps}",
+            f"loss {loss:.3f}",
+            f"{readable_count(rates['tokens_per_second'])} tok/s",
+            f"eta {readable_time(rates['eta_seconds'])}",
+        ]
+        if "mfu" in rates:
+            parts.append(f"mfu {100 * rates['mfu']:.1f}%")
+        parts.append(f"mem {readable_bytes(device) + ' dev, ' if device else ''}{readable_bytes(host or 0)} host")
+        parts.append(f"data {100 * rates['data_share']:.0f}%")
+        self._print("  ".join(parts), stays=False)
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        self._print(text, stays=True)
+
+    def note(self, text: str) -> None:
+        """Shows passing work (filling a cache, evaluating) on the live line; silent off a terminal."""
+        if self._is_terminal:
+            self._print(text, stays=False)
+
+    def _print(self, text: str, *, stays: bool) -> None:
+        if not self._is_terminal:
+            print(text, file=sys.stderr, flush=True)
+            return
+        print(f"\r\x1b[2K{text}", end="\n" if stays else "", file=sys.stderr, flush=True)
+
+
+def readable_time(seconds: float) -> str:
+    """3725 -> "1h02m"."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

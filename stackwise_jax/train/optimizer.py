@@ -1,0 +1,129 @@
+"""How live parameters move: one Optax transformation per part, and the schedule that every phase restarts.
+
+Transformations carry the peak learning rate; the step multiplies their updates by the schedule's fraction, an argument, so
+that phases of different length share one executable. A part's state is its own, so that it can be dropped or kept alone.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from stackwise_jax.schema import OptimizerConfig
+from stackwise_jax.types import Params
+
+Transforms = dict[str, optax.GradientTransformation]
+"""One transformation for each kind of part: "embedding", "stacks" (each stack on its own), "head"."""
+
+
+def make_transforms(config: OptimizerConfig, *, scales_head: bool) -> Transforms:
+    """Builds the transformations.
+
+    Args:
+      scales_head: apply `head_learning_rate_scale`, which holds once the embedding is settled.
+    """
+    head_rate = config.learning_rate * (config.head_learning_rate_scale if scales_head else 1.0)
+    return {
+        "embedding": _adamw(config, config.learning_rate, leading=0),
+        "stacks": _muon(config) if config.name == "muon" else _adamw(config, config.learning_rate, leading=1),
+        "head": _adamw(config, head_rate, leading=0),
+    }
+
+
+def _is_matrix(leading: int) -> Any:
+    """A mask for Optax: arrays with two axes besides the block axis. Norms and biases are not among them."""
+    return lambda params: jax.tree.map(lambda leaf: leaf.ndim - leading == 2, params)
+
+
+def _adamw(config: OptimizerConfig, learning_rate: float, leading: int) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=_is_matrix(leading),
+    )
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon for the matrices of a stack, each block's on its own (the block axis is a batch axis); AdamW for the rest."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return optax.contrib.muon(
+        config.muon_learning_rate,
+        weight_decay=config.weight_decay,
+        adam_learning_rate=config.learning_rate,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        adam_weight_decay=0.0,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda leaf: matrix if leaf.ndim == 3 else None, params
+        ),
+    )
+
+
+def init_part(transforms: Transforms, name: str, params: Any) -> Any:
+    """Fresh optimiser state of one part; of a list of stacks, a list of states."""
+    if name == "stacks":
+        return [transforms[name].init(stack) for stack in params]
+    return transforms[name].init(params)
+
+
+def update_part(
+    transform: optax.GradientTransformation,
+    gradients: Params,
+    state: Any,
+    params: Params,
+    fraction: Float[Array, ""],
+) -> tuple[Params, Any]:
+    """One update of one part. Returns (state, parameters), both new."""
+    updates, state = transform.update(gradients, state, params)
+    updates = jax.tree.map(lambda leaf: leaf * fraction.astype(leaf.dtype), updates)
+    return optax.apply_updates(params, updates), state
+
+
+def update_parts(
+    transforms: Transforms, gradients: Params, states: Params, params: Params, fraction: Float[Array, ""]
+) -> tuple[Params, Params]:
+    """One update of every live part."""
+    new_params: Params = {}
+    new_states: Params = {}
+    for name, part in params.items():
+        if name == "stacks":
+            pairs = [
+                update_part(transforms[name], *stack, fraction)
+                for stack in zip(gradients[name], states[name], part, strict=True)
+            ]
+            new_params[name], new_states[name] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        else:
+            new_params[name], new_states[name] = update_part(
+                transforms[name], gradients[name], states[name], part, fraction
+            )
+    return new_params, new_states
+
+
+def clip_scale(norm: Float[Array, ""], clip_norm: float) -> Float[Array, ""]:
+    """What gradients are multiplied by so that their global norm is at most `clip_norm` (0: no clip)."""
+    if clip_norm == 0.0:
+        return jnp.ones_like(norm)
+    return jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
+
+
+def schedule_fraction(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of update `step` (from 0) of a phase of `steps`, as a fraction of its peak.
+
+    Linear warm-up, then WSD (stable, then linear decay; Hu et al., 2024) or cosine, down to `final_fraction`.
+    """
+    warmup = math.ceil(config.warmup_fraction * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "cosine":
+        progress = (step - warmup) / max(1, steps - warmup)
+        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        decay = math.ceil(config.decay_fraction * steps)
+        shape = min(1.0, (steps - step) / (decay + 1))
+    return config.final_fraction + (1.0 - config.final_fraction) * shape

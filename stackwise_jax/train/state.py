@@ -1,0 +1,121 @@
+"""What training changes and what it has settled, part by part, and how fresh parts are drawn.
+
+Parts are "embedding", "head" and "stacks" (the live stacks in path order). Between phases only what stays live is in the
+state; a phase adds its stacks when it begins and they leave for the frozen rack when it ends.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stackwise_jax.memory.fingerprint import named_leaves, tree_digest
+from stackwise_jax.memory.precision import to_storage
+from stackwise_jax.models.rack import init_embedding, init_head, init_rack_stack
+from stackwise_jax.schema import RunConfig
+from stackwise_jax.train.curriculum import Phase, Role, Signature, stack_sizes
+from stackwise_jax.train.optimizer import init_part, make_transforms
+from stackwise_jax.types import Key, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Exactly what a train step takes and returns, donated.
+
+    Attributes:
+      params: float32 master weights of the live parts.
+      optimizer: optimiser state with the same parts.
+    """
+
+    params: Params
+    optimizer: Params
+
+
+@dataclasses.dataclass
+class Frozen:
+    """The settled parts of the rack, as stored, and the digest of each ("embedding", "head", or a stack's number)."""
+
+    embedding: Params | None = None
+    stacks: dict[int, Params] = dataclasses.field(default_factory=dict)
+    head: Params | None = None
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def keep(self, kind: str, name: str, tree: Params) -> None:
+        """Takes a part in; `kind` is "embedding", "stacks" or "head"."""
+        self.digests[name] = tree_digest(tree)
+        if kind == "stacks":
+            self.stacks[int(name)] = tree
+        else:
+            setattr(self, kind, tree)
+
+
+def fresh_lasting_parts(config: RunConfig, key: Key, phase: Phase, signature: Signature) -> TrainState:
+    """Draws the live parts of a phase that outlast it, embedding and head, with fresh optimiser state."""
+    model = config.model
+    params: Params = {}
+    if phase.embedding is Role.LIVE:
+        params["embedding"] = jax.jit(init_embedding, static_argnums=1)(key, model)
+    if phase.head is Role.LIVE:
+        own_table = dataclasses.replace(model, ties_embedding=not signature.head_has_table)
+        params["head"] = jax.jit(init_head, static_argnums=1)(key, own_table)
+    return _with_optimizer(config, phase, params)
+
+
+def fresh_stacks(config: RunConfig, key: Key, phase: Phase) -> TrainState:
+    """Draws the live stacks of a phase, with fresh optimiser state; empty for a phase without."""
+    if not phase.live_stacks:
+        return TrainState({}, {})
+    sizes = stack_sizes(config)
+    draw = jax.jit(init_rack_stack, static_argnums=(1, 3))
+    stacks = [draw(key, config.model, sum(sizes[:i]), sizes[i]) for i in phase.live_stacks]
+    return _with_optimizer(config, phase, {"stacks": stacks})
+
+
+def join_states(first: TrainState, second: TrainState) -> TrainState:
+    """The parts of both."""
+    return TrainState({**first.params, **second.params}, {**first.optimizer, **second.optimizer})
+
+
+def snapshot_shape(config: RunConfig, key: Key, phase: Phase, signature: Signature, *, inside: bool) -> TrainState:
+    """Shapes and dtypes of a snapshot taken inside a phase, or at its beginning (without its stacks)."""
+
+    def draw() -> TrainState:
+        lasting = fresh_lasting_parts(config, key, phase, signature)
+        return join_states(lasting, fresh_stacks(config, key, phase)) if inside else lasting
+
+    return jax.eval_shape(draw)
+
+
+def part_shape(config: RunConfig, key: Key, kind: str, name: str, *, head_has_table: bool) -> Any:
+    """Shapes and dtypes of a frozen part as stored."""
+    model = config.model
+    if kind == "stacks":
+        size = stack_sizes(config)[int(name)]
+        return jax.eval_shape(lambda: to_storage(init_rack_stack(key, model, 0, size), config.precision.trunk))
+    if kind == "embedding":
+        return jax.eval_shape(lambda: init_embedding(key, model))
+    own_table = dataclasses.replace(model, ties_embedding=not head_has_table)
+    return jax.eval_shape(lambda: init_head(key, own_table))
+
+
+def untie_head(config: RunConfig, state: TrainState) -> TrainState:
+    """Gives the head its own copy of the tied table; its norm keeps its moments, the table starts with none."""
+    head = {**state.params["head"], "table": jnp.copy(state.params["embedding"]["tokens"])}
+    transforms = make_transforms(config.optimizer, scales_head=True)
+    moments = _carry_over(state.optimizer["head"], init_part(transforms, "head", head))
+    return TrainState({**state.params, "head": head}, {**state.optimizer, "head": moments})
+
+
+def _with_optimizer(config: RunConfig, phase: Phase, params: Params) -> TrainState:
+    transforms = make_transforms(config.optimizer, scales_head=phase.embedding is Role.FROZEN)
+    return TrainState(params, {name: init_part(transforms, name, part) for name, part in params.items()})
+
+
+def _carry_over(old: Any, new: Any) -> Any:
+    """Takes every array of `new` from the array of the same name in `old`, where there is one."""
+    known = named_leaves(old)
+    names = list(named_leaves(new))
+    leaves = [known.get(name, leaf) for name, leaf in zip(names, jax.tree.leaves(new), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(new), leaves)

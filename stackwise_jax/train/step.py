@@ -1,0 +1,204 @@
+"""The step: from a batch to an update of the live part, compiled once per phase signature.
+
+Pure functions of arrays; the loop owns every side effect. `frozen` holds what the live part runs through and never changes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from stackwise_jax.memory.precision import DTYPES
+from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context
+from stackwise_jax.models.stack import apply_stack
+from stackwise_jax.objectives.objective import Corrupt
+from stackwise_jax.ops.loss import cross_entropy
+from stackwise_jax.schema import RunConfig
+from stackwise_jax.train import optimizer
+from stackwise_jax.train.curriculum import Role, Signature
+from stackwise_jax.train.state import TrainState
+from stackwise_jax.types import Batch, Example, Key, Params
+
+# Streams of the run's key that steps draw from (models/rack.py uses 0 to 2).
+MASK_STREAM, DROPOUT_STREAM = 3, 4
+
+StepFunction = Callable[..., tuple[TrainState, dict[str, Array]]]
+"""(state, frozen, batch, activations | None, fraction, step) -> (state, metrics)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything static that compiled functions close over; one per run.
+
+    Attributes:
+      config: the resolved run.
+      corrupt: the objective.
+    """
+
+    config: RunConfig
+    corrupt: Corrupt
+
+    @property
+    def key(self) -> Key:
+        return jax.random.key(self.config.seed)
+
+    @property
+    def mask_key(self) -> Key:
+        return jax.random.fold_in(self.key, MASK_STREAM)
+
+    def dropout_key(self, step: Int[Array, ""]) -> Key | None:
+        if self.config.model.dropout == 0.0:
+            return None
+        return jax.random.fold_in(jax.random.fold_in(self.key, DROPOUT_STREAM), step)
+
+    @property
+    def dtype(self) -> Any:
+        """Arithmetic of the embedding, the trunk and the head."""
+        return DTYPES[self.config.precision.compute]
+
+    @property
+    def live_dtype(self) -> Any:
+        """Arithmetic of live stacks."""
+        precision = self.config.training.progressive.new_stack_precision
+        return DTYPES[precision or self.config.precision.compute]
+
+
+def run_path(
+    program: Program,
+    signature: Signature,
+    parts: Params,
+    example: Example,
+    activations: Float[Array, "B T D"] | None,
+    key: Key | None,
+) -> Float[Array, "B T D"]:
+    """Runs the body of a path, from tokens or from the trunk's output, up to and including the final norm."""
+    model = program.config.model
+    context = row_context(model, example.segments, example.positions)
+    keys = [None] * (len(signature.body) + 1) if key is None else list(jax.random.split(key, len(signature.body) + 1))
+    if activations is None:
+        x = apply_embedding(
+            parts["embedding"], example.inputs, example.positions, model, dtype=program.dtype, key=keys[0]
+        )
+    else:
+        x = activations
+    live, frozen = iter(parts["stacks"]), iter(parts["frozen_stacks"])
+    for (_, role), stack_key in zip(signature.body, keys[1:], strict=True):
+        if role is Role.LIVE:
+            remat = program.config.training.remat
+            x = apply_stack(next(live), x, context, model, dtype=program.live_dtype, remat=remat, key=stack_key)
+        else:
+            x = apply_stack(next(frozen), x, context, model, dtype=program.dtype)
+    return apply_head_norm(parts["head"], x.astype(program.dtype), model)
+
+
+def join_parts(live: Params, frozen: Params) -> Params:
+    """Live and frozen parts as one tree for `run_path`."""
+    return {"stacks": [], "frozen_stacks": [], **frozen, **live}
+
+
+def path_loss(
+    program: Program,
+    signature: Signature,
+    live: Params,
+    frozen: Params,
+    batch: Batch,
+    activations: Float[Array, "B T D"] | None,
+    key: Key | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns (summed loss in nats, summed weight) of a batch, in float32."""
+    parts = join_parts(live, frozen)
+    example = program.corrupt(program.mask_key, batch)
+    hidden = run_path(program, signature, parts, example, activations, key)
+    table = output_table(parts["head"], parts.get("embedding", {}))
+    return (
+        head_loss(program, hidden, table, example),
+        jnp.sum(example.weights),
+    )
+
+
+def head_loss(
+    program: Program, hidden: Float[Array, "B T D"], table: Float[Array, "V D"], example: Example
+) -> Float[Array, ""]:
+    """Summed cross-entropy, in chunks of tokens."""
+    return cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        table.astype(program.dtype),
+        example.targets.reshape(-1),
+        example.weights.reshape(-1),
+        chunk_tokens=program.config.training.loss_chunk_tokens,
+    )
+
+
+def make_gradients(program: Program, signature: Signature) -> Callable[..., tuple[Params, Array, Array]]:
+    """Returns (live, frozen, batch, activations, key) -> (summed gradients, summed loss, summed weight)."""
+    loss = functools.partial(path_loss, program, signature)
+    grad = jax.value_and_grad(loss, has_aux=True)
+    pieces = program.config.training.accumulation_steps
+
+    def gradients(
+        live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None
+    ) -> tuple[Params, Array, Array]:
+        if pieces == 1:
+            (total, weight), grads = grad(live, frozen, batch, activations, key)
+            return grads, total, weight
+
+        def body(carry: Any, piece: Any) -> tuple[Any, None]:
+            index, own_batch, own_activations = piece
+            own_key = None if key is None else jax.random.fold_in(key, index)
+            (total, weight), grads = grad(live, frozen, own_batch, own_activations, own_key)
+            return jax.tree.map(jnp.add, carry, (grads, total, weight)), None
+
+        split = jax.tree.map(
+            lambda leaf: leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:]), (batch, activations)
+        )
+        zero = (jax.tree.map(jnp.zeros_like, live), jnp.zeros(()), jnp.zeros(()))
+        return jax.lax.scan(body, zero, (jnp.arange(pieces), *split))[0]
+
+    return gradients
+
+
+def make_train_step(program: Program, signature: Signature) -> StepFunction:
+    """Compiles the fused step of a signature: one executable from batch to update, state donated.
+
+    The returned function takes (state, frozen, batch, activations, fraction, step): `activations` are the trunk's output
+    or None where the path starts from tokens, `fraction` the schedule's, `step` the run's update count for dropout. Its
+    metrics are scalars on the device: loss (nats per weighted token), gradient_norm, weight.
+    """
+    gradients = make_gradients(program, signature)
+    config = program.config.optimizer
+    transforms = optimizer.make_transforms(config, scales_head=signature.embedding is Role.FROZEN)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState,
+        frozen: Params,
+        batch: Batch,
+        activations: Array | None,
+        fraction: Float[Array, ""],
+        step: Int[Array, ""],
+    ) -> tuple[TrainState, dict[str, Array]]:
+        grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
+        weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing moves nothing
+        grads = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), grads)
+        norm = optax.global_norm(grads)
+        scale = optimizer.clip_scale(norm, config.clip_norm)
+        grads = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), grads)
+        params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fraction)
+        return TrainState(params, states), {"loss": total / weight, "gradient_norm": norm, "weight": weight}
+
+    return train_step
+
+
+def make_evaluation(program: Program, signature: Signature) -> Callable[..., tuple[Array, Array]]:
+    """Compiles (live, frozen, batch, activations) -> (summed loss, summed weight), without dropout."""
+
+    @jax.jit
+    def evaluate(live: Params, frozen: Params, batch: Batch, activations: Array | None) -> tuple[Array, Array]:
+        return path_loss(program, signature, live, frozen, batch, activations, None)
+
+    return evaluate

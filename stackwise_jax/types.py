@@ -1,0 +1,60 @@
+"""The axis alphabet and the names of the things that every other file passes around.
+
+One alphabet, in annotations and einsums alike:
+
+    B batch     T query position   S key position   D width      N query heads   K key-value heads
+    G = N / K   H head dimension   F hidden width   V vocabulary L blocks in a stack   C rows in a chunk
+
+A row is one packed sequence of the corpus; its number is fixed when the corpus is prepared, and every random choice that
+must not depend on order (masks, rates) is a function of it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int, Key as PRNGKey
+
+Params = dict[str, Any]
+"""A plain tree of arrays with string keys; the keys are the names in the checkpoint."""
+
+Key = PRNGKey[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows as the pipeline yields them.
+
+    Attributes:
+      tokens: ids; padding wherever `segments` is 0.
+      segments: document number inside the row, from 1; 0 is padding.
+      positions: place inside the document, from 0.
+      row_ids: which row of the corpus this is.
+      visits: how many times the row was drawn before.
+    """
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    row_ids: Int[Array, "B"]
+    visits: Int[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A batch after the objective has corrupted it: what goes in and what the loss asks for.
+
+    Attributes:
+      inputs: ids that the embedding reads.
+      targets: ids that the head must predict at each place.
+      weights: weight of each place in the loss; 0 where nothing is asked.
+      segments, positions: as in `Batch`.
+    """
+
+    inputs: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+    segments: Int[Array, "B T"]
+    positions: Int[Array, "B T"]

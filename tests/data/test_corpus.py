@@ -1,0 +1,326 @@
+"""The prepared corpus: rows are what the files say, documents stay on one side, folders are whole or made again."""
+
+import dataclasses
+import hashlib
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stackwise_jax.data import corpus as corpus_module
+from stackwise_jax.data.corpus import SPLITS, Corpus, Split, open_corpus, prepare_corpus
+from stackwise_jax.data.sources import iterate_documents
+from stackwise_jax.data.tokenizer import Tokenizer, train_tokenizer
+from stackwise_jax.errors import UserError
+from stackwise_jax.schema import RunConfig
+
+FILES = ("corpus.json", "tokenizer.model", *(f"{name}.{kind}" for name in SPLITS for kind in ("tokens", "documents")))
+MakeConfig = Callable[..., RunConfig]
+
+
+def quiet(line: str) -> None:
+    del line
+
+
+def make_split(lengths: list[int], seq_len: int) -> Split:
+    """Documents of the given lengths; each token is its place + 1, padding is 0."""
+    starts = np.cumsum([0, *lengths])
+    n_tokens = int(starts[-1])
+    n_rows = -(-n_tokens // seq_len)
+    tokens = np.zeros(n_rows * seq_len, np.uint16)
+    tokens[:n_tokens] = np.arange(n_tokens) + 1
+    return Split(tokens.reshape(n_rows, seq_len), starts.astype(np.int64), n_rows, n_tokens, 0, "")
+
+
+def slow_rows(split: Split, row_ids: list[int], isolate_documents: bool) -> list[list[list[int]]]:
+    """The definition of tokens, segments and positions, one token at a time."""
+    bounds, (_, seq_len) = split.documents.tolist(), split.tokens.shape
+    result: list[list[list[int]]] = [[], [], []]
+    for row in row_ids:
+        segments, positions = [], []
+        for column in range(seq_len):
+            place = row * seq_len + column
+            if place >= bounds[-1]:
+                segments.append(0)
+                positions.append(0 if isolate_documents else column)
+            elif not isolate_documents:
+                segments.append(1)
+                positions.append(column)
+            elif column == 0:
+                segments.append(1)
+                positions.append(0)
+            else:
+                is_new = place in bounds
+                segments.append(segments[-1] + is_new)
+                positions.append(0 if is_new else positions[-1] + 1)
+        result[0].append(split.tokens.reshape(-1)[row * seq_len : (row + 1) * seq_len].tolist())
+        result[1].append(segments)
+        result[2].append(positions)
+    return result
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=12),
+    seq_len=st.integers(2, 9),
+    isolate_documents=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_those_of_the_definition(lengths: list[int], seq_len: int, isolate_documents: bool, seed: int) -> None:
+    split = make_split(lengths, seq_len)
+    row_ids = random.Random(seed).choices(range(split.n_rows), k=4)
+    arrays = split.rows(np.array(row_ids), isolate_documents=isolate_documents)
+    assert all(array.dtype == np.int32 for array in arrays)
+    assert [array.tolist() for array in arrays] == slow_rows(split, row_ids, isolate_documents)
+
+
+def test_rows_detects_a_boundary_that_is_off_by_one() -> None:
+    split = make_split([3, 5, 4], 4)
+    shifted = dataclasses.replace(split, documents=split.documents + np.array([0, 1, 0, 0]))
+    arrays = shifted.rows(np.arange(3), isolate_documents=True)
+    assert [array.tolist() for array in arrays] != slow_rows(split, [0, 1, 2], True)
+
+
+def test_rows_by_hand_and_out_of_range() -> None:
+    split = make_split([3, 5, 2], 4)
+    _, segments, positions = split.rows(np.array([0, 2, 1]), isolate_documents=True)
+    assert segments.tolist() == [[1, 1, 1, 2], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0], [0, 1, 2, 3]]
+    for bad in (-1, 3):
+        with pytest.raises(IndexError, match=r"\[0, 3\)"):
+            split.rows(np.array([0, bad]), isolate_documents=True)
+    first = split.first(2)
+    assert (first.n_rows, first.n_tokens, split.first(9).n_tokens) == (2, 8, 10)
+    with pytest.raises(IndexError):
+        first.rows(np.array([2]), isolate_documents=False)
+
+
+def texts_of(split: Split, tokenizer: Tokenizer) -> list[str]:
+    flat = np.asarray(split.tokens).reshape(-1)
+    pieces = [flat[a:b] for a, b in zip(split.documents[:-1], split.documents[1:], strict=True)]
+    assert all(piece[0] == tokenizer.bos_id and piece[-1] == tokenizer.eos_id for piece in pieces)
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+def test_the_files_hold_every_document_once(corpus: Corpus, documents: list[str]) -> None:
+    train, validation = (texts_of(split, corpus.tokenizer) for split in (corpus.train, corpus.validation))
+    assert sorted(train + validation) == sorted(documents)
+    assert train == [text for text in documents if text in set(train)]  # in their order
+    assert 0.05 < len(validation) / len(documents) < 0.4
+    for split in (corpus.train, corpus.validation):
+        flat = np.asarray(split.tokens).reshape(-1)
+        assert (flat[split.n_tokens :] == corpus.tokenizer.pad_id).all()
+        assert 0 <= flat.size - split.n_tokens < corpus.seq_len == 32
+        assert corpus.tokenizer.piece_bytes[flat].sum() == split.text_bytes
+        assert split.digest == hashlib.sha256(flat.tobytes()).hexdigest()
+        assert split.n_documents == len(split.documents) - 1
+    assert corpus.train.tokens.dtype == np.uint16
+    assert corpus_module._token_dtype(2**16) == "<u2"
+    assert corpus_module._token_dtype(2**16 + 1) == "<u4"
+
+
+def test_no_document_is_on_both_sides(make_config: MakeConfig, documents: list[str], tmp_path: Path) -> None:
+    config = make_config()
+    path = Path(config.data.source)
+    path.write_bytes(path.read_bytes() * 2)  # every document twice
+    corpus = prepare_corpus(config, report=quiet)
+    train, validation = (texts_of(split, corpus.tokenizer) for split in (corpus.train, corpus.validation))
+    assert not set(train) & set(validation)
+    assert len(train) + len(validation) == 2 * len(documents)
+
+
+def test_no_document_on_both_sides_detects_a_split_by_number(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    path = Path(config.data.source)
+    path.write_bytes(path.read_bytes() * 2)
+    numbers = iter(range(10**6))
+    monkeypatch.setattr(corpus_module, "_is_held_out", lambda document, fraction: next(numbers) % 7 == 0)
+    corpus = prepare_corpus(config, report=quiet)
+    train, validation = (texts_of(split, corpus.tokenizer) for split in (corpus.train, corpus.validation))
+    assert set(train) & set(validation)
+
+
+def test_a_second_run_opens_what_is_there(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    first = prepare_corpus(make_config(), report=lines.append)
+    assert lines == [f"training a tokenizer of {first.tokenizer.vocab_size} pieces"]
+    monkeypatch.setattr(corpus_module, "_build", lambda *args: pytest.fail("prepared again"))
+    second = prepare_corpus(make_config(), report=lines.append)
+    assert len(lines) == 1
+    assert (second.digest, second.directory) == (first.digest, first.directory)
+    assert open_corpus(first.directory).digest == first.digest
+
+
+def test_preparing_elsewhere_gives_the_same_bytes(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = prepare_corpus(make_config(), report=quiet)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(make_config().data.source).read_bytes())
+    config = make_config(source=str(moved), cache_dir=str(tmp_path / "other"))
+    second = prepare_corpus(config, report=quiet)
+    assert second.directory.name == first.directory.name
+    assert {path.name for path in first.directory.iterdir()} == set(FILES)
+    for name in FILES:
+        assert (first.directory / name).read_bytes() == (second.directory / name).read_bytes()
+
+
+def test_what_tokens_depend_on_names_the_folder(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "held_out.txt").write_text("return self")
+    base = prepare_corpus(make_config(), report=quiet)
+    model = str(base.directory / "tokenizer.model")
+    changes = [
+        {}, {"seq_len": 16}, {"validation_fraction": 0.3}, {"max_bytes": 3000}, {"vocab_size": 310}, {"tokenizer": model},
+        {"validation_source": str(tmp_path / "held_out.txt")},
+    ]  # fmt: skip
+    corpora = [prepare_corpus(make_config(**change), report=quiet) for change in changes]
+    assert len({corpus.directory for corpus in corpora}) == len(changes)
+    assert (
+        len({corpus.digest for corpus in corpora}) == len(changes) - 1
+    )  # the same tokenizer, from a file, same tokens
+    assert prepare_corpus(make_config(max_rows=3), report=quiet).directory == base.directory
+    assert texts_of(corpora[-1].validation, corpora[-1].tokenizer) == ["return self"]
+    assert corpora[-1].train.n_documents == 60
+
+
+def test_changed_text_is_another_corpus(make_config: MakeConfig) -> None:
+    first = prepare_corpus(make_config(), report=quiet)
+    path = Path(make_config().data.source)
+    path.write_text(path.read_text().replace("return", "retune", 1))
+    assert prepare_corpus(make_config(), report=quiet).directory != first.directory
+
+
+def test_max_rows_bounds_training_rows_only(make_config: MakeConfig) -> None:
+    whole = prepare_corpus(make_config(), report=quiet)
+    bounded = prepare_corpus(make_config(max_rows=5), report=quiet)
+    assert bounded.train.n_rows == 5 < whole.train.n_rows
+    assert bounded.validation.n_rows == whole.validation.n_rows
+    assert (bounded.digest, bounded.train.digest) == (whole.digest, whole.train.digest)
+    rows = [split.rows(np.arange(5), isolate_documents=True) for split in (whole.train, bounded.train)]
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+def test_an_interrupted_preparation_is_harmless(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    root = Path(make_config().data.cache_dir) / "corpora"
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_tokenise", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(make_config(), report=quiet)
+    assert list(root.iterdir()) == []
+    with monkeypatch.context() as patch:  # and killed, so that nobody could clean up
+        patch.setattr(corpus_module, "_tokenise", interrupt)
+        patch.setattr(corpus_module.shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(make_config(), report=quiet)
+    (left_over,) = root.iterdir()
+    lines: list[str] = []
+    corpus = prepare_corpus(make_config(), report=lines.append)
+    assert lines == [f"training a tokenizer of {corpus.tokenizer.vocab_size} pieces"]
+    assert corpus.directory != left_over
+    with pytest.raises(UserError, match=r"is not a prepared corpus: corpus\.json is missing"):
+        open_corpus(left_over)
+
+
+def test_a_faster_process_wins(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reference = prepare_corpus(make_config(cache_dir=str(tmp_path / "other")), report=quiet)
+    tokenise = corpus_module._tokenise
+
+    def with_a_rival(*args: object) -> None:
+        tokenise(*args)  # pyright: ignore[reportArgumentType]
+        with monkeypatch.context() as patch:
+            patch.setattr(corpus_module, "_tokenise", tokenise)
+            prepare_corpus(make_config(), report=quiet)
+
+    monkeypatch.setattr(corpus_module, "_tokenise", with_a_rival)
+    corpus = prepare_corpus(make_config(), report=quiet)
+    assert corpus.digest == reference.digest
+    assert [path.name for path in corpus.directory.parent.iterdir()] == [corpus.directory.name]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_folder_is_prepared_again(make_config: MakeConfig, name: str, damage: str) -> None:
+    corpus = prepare_corpus(make_config(), report=quiet)
+    path = corpus.directory / name
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content[:40] + bytes([content[40] ^ 64]) + content[41:])
+    with pytest.raises(UserError, match=corpus.directory.name):
+        open_corpus(corpus.directory)
+    lines: list[str] = []
+    again = prepare_corpus(make_config(), report=lines.append)
+    assert lines[0].startswith("preparing the corpus again: ")
+    assert path.read_bytes() == content
+    assert again.digest == corpus.digest
+
+
+def test_a_folder_of_another_format_is_prepared_again(make_config: MakeConfig) -> None:
+    corpus = prepare_corpus(make_config(), report=quiet)
+    path = corpus.directory / "corpus.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    lines: list[str] = []
+    prepare_corpus(make_config(), report=lines.append)
+    assert "has format 99, not 1" in lines[0]
+
+
+def test_errors_name_the_field(make_config: MakeConfig, tmp_path: Path, documents: list[str]) -> None:
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(train_tokenizer(documents, 310))
+    assert prepare_corpus(make_config(tokenizer=str(model)), report=quiet).tokenizer.vocab_size == 310
+    with pytest.raises(UserError, match=r"^model\.vocab_size=309 must be at least the 310 pieces of data\.tokenizer="):
+        prepare_corpus(make_config(tokenizer=str(model), vocab_size=309), report=quiet)
+    with pytest.raises(
+        UserError, match=r"^data\.validation_fraction=1e-09 of 60 document\(s\) leaves none for validation"
+    ):
+        prepare_corpus(make_config(validation_fraction=1e-9), report=quiet)
+    with pytest.raises(UserError, match=r"^data\.validation_fraction=1 of 60 document\(s\) leaves none for train"):
+        prepare_corpus(make_config(tokenizer=str(model), validation_fraction=1.0), report=quiet)
+    with pytest.raises(UserError, match=r"^data\.cache_dir: .* cannot be written: Not a directory"):
+        prepare_corpus(make_config(cache_dir=str(model)), report=quiet)
+    with pytest.raises(UserError, match=r"^model\.vocab_size=9000 is more than this corpus allows"):
+        prepare_corpus(make_config(vocab_size=9000), report=quiet)
+    with pytest.raises(UserError, match="missing"):
+        prepare_corpus(make_config(tokenizer="missing.model"), report=quiet)
+    assert len(list((tmp_path / "cache" / "corpora").iterdir())) == 1  # failures leave nothing behind
+
+
+def test_the_cache_folder_is_the_one_that_is_named(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STACKWISE_CACHE", str(tmp_path / "by_environment"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert (tmp_path / "cache") in prepare_corpus(make_config(), report=quiet).directory.parents
+    assert (tmp_path / "by_environment") in prepare_corpus(make_config(cache_dir=""), report=quiet).directory.parents
+    monkeypatch.delenv("STACKWISE_CACHE")
+    corpus = prepare_corpus(make_config(cache_dir=""), report=quiet)
+    assert Path(os.environ["HOME"]) / ".cache" / "stackwise_jax" in corpus.directory.parents
+
+
+def test_progress_is_reported(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(corpus_module, "_BATCH_DOCUMENTS", 25)
+    lines: list[str] = []
+    corpus = prepare_corpus(make_config(), report=lines.append)
+    assert [line.split(":")[0] for line in lines[1:]] == ["tokenising"] * 3
+    total_mb = (corpus.train.text_bytes + corpus.validation.text_bytes) / 1e6
+    assert lines[-1].startswith(f"tokenising: {total_mb:.1f} MB done, ")
+
+
+def test_embedded_text_can_be_prepared(make_config: MakeConfig) -> None:
+    config = make_config(source="embedded", max_bytes=150_000, vocab_size=600)
+    corpus = prepare_corpus(config, report=quiet)
+    texts = [text for split in (corpus.train, corpus.validation) for text in texts_of(split, corpus.tokenizer)]
+    assert sorted(texts) == sorted(iterate_documents("embedded", text_field="text", max_bytes=150_000))
+    assert corpus.train.text_bytes / corpus.train.n_tokens > 1.8

@@ -1,0 +1,189 @@
+"""The chunked loss against float64 and the plain formula, and what it must never hold."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stackwise_jax.ops.loss import cross_entropy, token_losses
+
+M, V, D = 60, 96, 8
+Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def inputs(key: jax.Array, places: int = M, dtype: jnp.dtype = jnp.float32) -> Arrays:
+    """Returns hidden, table, targets, weights; a third of the weights is 0."""
+    keys = jax.random.split(key, 4)
+    weights = jax.random.uniform(keys[3], (places,)) * (jnp.arange(places) % 3 != 1)
+    return (
+        jax.random.normal(keys[0], (places, D), dtype),
+        jax.random.normal(keys[1], (V, D), dtype),
+        jax.random.randint(keys[2], (places,), 0, V),
+        weights,
+    )
+
+
+def losses_in_numpy(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> np.ndarray:
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+    return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), np.asarray(targets)]
+
+
+def plain(hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    losses = -jax.nn.log_softmax(hidden @ table.T, axis=1)
+    return (weights * jnp.take_along_axis(losses, targets[:, None], axis=1)[:, 0]).sum()
+
+
+def chunked(chunk_tokens: int) -> Callable[..., jax.Array]:
+    return lambda *arrays: cross_entropy(*arrays, chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("chunk_tokens", [20, 7, 1000])
+def test_loss_is_the_formula_in_float64(key: jax.Array, tolerance: dict, chunk_tokens: int):
+    hidden, table, targets, weights = inputs(key)
+    expected = losses_in_numpy(hidden, table, targets)
+    each = token_losses(hidden, table, targets, chunk_tokens=chunk_tokens)
+    total = cross_entropy(hidden, table, targets, weights, chunk_tokens=chunk_tokens)
+    np.testing.assert_allclose(each, expected, **tolerance["float32"])
+    np.testing.assert_allclose(total, expected @ np.asarray(weights, np.float64), **tolerance["float32"])
+    assert total.dtype == each.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("chunk_tokens", [20, 7, 1000])
+@pytest.mark.parametrize("argnums", [(0,), (1,), (0, 1)])
+def test_gradients_are_those_of_the_plain_formula(
+    key: jax.Array, tolerance: dict, chunk_tokens: int, argnums: tuple[int, ...]
+):
+    arrays = inputs(key)
+    # Scaled by a cotangent other than 1, as a mean or a second loss term would.
+    got, expected = (
+        jax.jit(jax.grad(lambda *a, loss=loss: 0.3 * loss(*a), argnums=argnums))(*arrays)
+        for loss in (chunked(chunk_tokens), plain)
+    )
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, **tolerance["float32"])
+
+
+def test_the_value_does_not_change_when_it_is_differentiated(key: jax.Array, tolerance: dict):
+    arrays = inputs(key)
+    value, _ = jax.value_and_grad(chunked(20), argnums=(0, 1))(*arrays)
+    np.testing.assert_allclose(value, chunked(20)(*arrays), **tolerance["float32"])
+
+
+def test_places_of_weight_zero_give_no_gradient(key: jax.Array):
+    hidden, table, targets, weights = inputs(key)
+    gradient = jax.grad(chunked(7))(hidden, table, targets, weights)
+    unasked = weights == 0
+    assert bool((gradient[unasked] == 0).all())
+    assert bool((gradient[~unasked] != 0).any(axis=1).all())
+    d_table = jax.grad(chunked(7), argnums=1)
+    other_places = (hidden + 5.0 * unasked[:, None], table, jnp.where(unasked, 0, targets), weights)
+    np.testing.assert_array_equal(d_table(*other_places), d_table(hidden, table, targets, weights))
+
+
+def test_places_of_weight_zero_detects_a_small_weight(key: jax.Array):
+    hidden, table, targets, weights = inputs(key)
+    gradient = jax.grad(chunked(7))(hidden, table, targets, jnp.maximum(weights, 1e-3))
+    assert bool((gradient[weights == 0] != 0).any())
+
+
+def test_weights_are_constants(key: jax.Array):
+    np.testing.assert_array_equal(jax.grad(chunked(7), argnums=3)(*inputs(key)), jnp.zeros(M))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 11), st.integers(0, 99))
+def test_chunk_size_changes_nothing(places: int, chunk_tokens: int, seed: int):
+    arrays = inputs(jax.random.key(seed), places)
+    value, gradients = jax.value_and_grad(chunked(chunk_tokens), argnums=(0, 1))(*arrays)
+    whole, whole_gradients = jax.value_and_grad(plain, argnums=(0, 1))(*arrays)
+    np.testing.assert_allclose(value, whole, rtol=2e-5, atol=2e-6)
+    for one, other in zip(gradients, whole_gradients, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+
+
+def results(jaxpr) -> Iterator[jax.core.ShapedArray]:
+    """Yields the type of every value that a jaxpr computes, those of the jaxprs inside it included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from results(inner)
+
+
+def largest(function: Callable[..., object], arrays: Arrays) -> int:
+    return max(result.size for result in results(jax.make_jaxpr(function)(*arrays).jaxpr))
+
+
+def table_sized(function: Callable[..., object], arrays: Arrays) -> int:
+    """Counts the float values of the table's shape that are computed."""
+    types = results(jax.make_jaxpr(function)(*arrays).jaxpr)
+    return sum(sorted(t.shape) == sorted((V, D)) and jnp.issubdtype(t.dtype, jnp.floating) for t in types)
+
+
+CHUNK = 12
+
+
+@pytest.mark.parametrize("differentiate", [lambda f: f, lambda f: jax.value_and_grad(f, argnums=(0, 1))])
+def test_the_logits_of_all_places_never_exist(key: jax.Array, differentiate: Callable):
+    arrays = inputs(key)
+    assert largest(differentiate(chunked(CHUNK)), arrays) == CHUNK * V
+    assert largest(differentiate(plain), arrays) >= M * V, "the plain formula must be noticed"
+
+
+def test_evaluation_never_holds_the_logits_of_all_places(key: jax.Array):
+    hidden, table, targets, _ = inputs(key)
+    each = lambda *arrays: token_losses(*arrays, chunk_tokens=CHUNK)  # noqa: E731
+    assert largest(each, (hidden, table, targets)) == CHUNK * V
+
+
+def test_logits_are_computed_once(key: jax.Array):
+    def matmuls(function: Callable) -> int:
+        text = str(jax.make_jaxpr(function)(*inputs(key)))
+        return text.count("dot_general[")
+
+    assert matmuls(chunked(CHUNK)) == 1
+    assert matmuls(jax.value_and_grad(chunked(CHUNK), argnums=(0, 1))) == 3
+    assert matmuls(jax.value_and_grad(jax.checkpoint(plain), argnums=(0, 1))) == 4, "a second pass must be noticed"
+
+
+def test_a_frozen_table_has_no_gradient_anywhere(key: jax.Array):
+    arrays = inputs(key)
+    assert table_sized(jax.value_and_grad(chunked(CHUNK)), arrays) == 0
+    assert table_sized(chunked(CHUNK), arrays) == 0
+    assert table_sized(jax.value_and_grad(chunked(CHUNK), argnums=(0, 1)), arrays) > 0, "a live one must be noticed"
+
+
+def test_a_frozen_table_stays_frozen_inside_jit(key: jax.Array):
+    """The training step differentiates a jitted function of the live part; what it closes over is frozen."""
+    hidden, table, targets, weights = inputs(key)
+
+    def step(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        return jax.grad(lambda h: jax.jit(chunked(CHUNK))(h, table, targets, weights))(hidden)
+
+    assert table_sized(step, (hidden, table)) == 0
+
+
+def test_sixteen_bits_under_strict_promotion(key: jax.Array, tolerance: dict):
+    hidden, table, targets, weights = inputs(key, dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        value, gradients = jax.jit(jax.value_and_grad(chunked(CHUNK), argnums=(0, 1)))(hidden, table, targets, weights)
+        each = token_losses(hidden, table, targets, chunk_tokens=CHUNK)
+    wide = (hidden.astype(jnp.float32), table.astype(jnp.float32), targets, weights)
+    expected, expected_gradients = jax.value_and_grad(plain, argnums=(0, 1))(*wide)
+    # The inputs are 16-bit, the arithmetic is not: losses agree as float32 does.
+    np.testing.assert_allclose(value, expected, **tolerance["float32"])
+    np.testing.assert_allclose(each, losses_in_numpy(hidden, table, targets), **tolerance["float32"])
+    for one, other in zip(gradients, expected_gradients, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, **tolerance["bfloat16"])
+
+
+def test_mixed_dtypes_are_an_error(key: jax.Array):
+    hidden, table, targets, weights = inputs(key)
+    with pytest.raises(ValueError, match="cast the table to bfloat16"):
+        cross_entropy(hidden.astype(jnp.bfloat16), table, targets, weights, chunk_tokens=CHUNK)
