@@ -13,12 +13,17 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int, Key as PRNGKey
+import numpy as np
+from jaxtyping import Array, Float, Int
+from jaxtyping import Key as PRNGKey
 
 Params = dict[str, Any]
 """A plain tree of arrays with string keys; the keys are the names in the checkpoint."""
 
 Key = PRNGKey[Array, ""]
+
+AnyArray = Array | np.ndarray
+"""On the device or on the host."""
 
 
 @jax.tree_util.register_dataclass
@@ -34,11 +39,11 @@ class Batch:
       visits: how many times the row was drawn before.
     """
 
-    tokens: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    row_ids: Int[Array, "B"]
-    visits: Int[Array, "B"]
+    tokens: Int[AnyArray, "B T"]
+    segments: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "B T"]
+    row_ids: Int[AnyArray, "B"]
+    visits: Int[AnyArray, "B"]
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +58,8 @@ class Example:
       segments, positions: as in `Batch`.
     """
 
-    inputs: Int[Array, "B T"]
-    targets: Int[Array, "B T"]
-    weights: Float[Array, "B T"]
-    segments: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
+    inputs: Int[AnyArray, "B T"]
+    targets: Int[AnyArray, "B T"]
+    weights: Float[AnyArray, "B T"]
+    segments: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "B T"]

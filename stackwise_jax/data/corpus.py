@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Int, Int32, Int64, UInt
 
 from stackwise_jax.data.sources import digest_source, iterate_documents
 from stackwise_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -48,7 +48,7 @@ class Split:
       digest: sha256 (hex) of the whole token file.
     """
 
-    tokens: Int[np.ndarray, "rows T"]
+    tokens: UInt[np.ndarray, "rows T"]
     documents: Int64[np.ndarray, "_"]
     n_rows: int
     n_tokens: int
@@ -145,40 +145,57 @@ def prepare_corpus(config: RunConfig, *, report: Callable[[str], None]) -> Corpu
 
 def open_corpus(directory: Path) -> Corpus:
     """Opens a prepared folder and checks every digest in it; UserError when it is missing or damaged."""
+    manifest = _read_manifest(directory)
+    tokenizer = Tokenizer(_checked_file(directory, "tokenizer.model", manifest).read_bytes())
+    train, validation = (_open_split(directory, name, manifest) for name in SPLITS)
+    return Corpus(directory, manifest["digest"], manifest["seq_len"], tokenizer, train, validation)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """Reads corpus.json; once its own digest is right, its entries are as `_build` wrote them."""
+    path = directory / "corpus.json"
     try:
-        manifest = json.loads((directory / "corpus.json").read_text(encoding="utf-8"))
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{directory} has format {manifest['format_version']}, not {FORMAT_VERSION}; prepare it again"
-            )
-        tokenizer = Tokenizer((directory / "tokenizer.model").read_bytes(), name=f"{directory / 'tokenizer.model'}")
-        if tokenizer.digest != manifest["tokenizer_digest"]:
-            raise UserError(f"{directory / 'tokenizer.model'} is damaged; prepare the corpus again")
-        train, validation = (_open_split(directory, name, manifest) for name in SPLITS)
-    except FileNotFoundError as error:
-        raise UserError(f"{directory} is not a prepared corpus: {Path(error.filename).name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{directory} is not a prepared corpus: corpus.json cannot be used ({error})") from None
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return Corpus(directory, digest, manifest["seq_len"], tokenizer, train, validation)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, digest = manifest["format_version"], manifest["digest"]
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a prepared corpus: {path.name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; prepare the corpus again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format {version}, not {FORMAT_VERSION}; prepare the corpus again")
+    if digest != _manifest_digest(manifest):
+        raise UserError(f"{path} is damaged; prepare the corpus again")
+    return manifest
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    entries = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _checked_file(directory: Path, name: str, manifest: dict[str, Any]) -> Path:
+    """The path of a file whose bytes are those that were written."""
+    path = directory / name
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); prepare the corpus again") from None
+    if digest != manifest["sha256"][name]:
+        raise UserError(f"{path} is damaged; prepare the corpus again")
+    return path
 
 
 def _open_split(directory: Path, name: str, manifest: dict[str, Any]) -> Split:
-    entries = manifest[name]
-    for kind in ("tokens", "documents"):
-        with (directory / f"{name}.{kind}").open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entries[f"{kind}_sha256"]:
-                raise UserError(f"{directory / f'{name}.{kind}'} is damaged; prepare the corpus again")
-    n_rows, seq_len = entries["n_rows"], manifest["seq_len"]
+    counts, shape = manifest[name], (manifest[name]["n_rows"], manifest["seq_len"])
+    tokens, documents = (_checked_file(directory, f"{name}.{kind}", manifest) for kind in ("tokens", "documents"))
     return Split(
-        tokens=np.memmap(directory / f"{name}.tokens", manifest["dtype"], mode="r", shape=(n_rows, seq_len)),
-        documents=np.fromfile(directory / f"{name}.documents", "<u8").astype(np.int64),
-        n_rows=n_rows,
-        n_tokens=entries["n_tokens"],
-        text_bytes=entries["text_bytes"],
-        digest=entries["tokens_sha256"],
+        tokens=np.memmap(tokens, manifest["dtype"], mode="r", shape=shape),
+        documents=np.fromfile(documents, "<u8").astype(np.int64),
+        n_rows=counts["n_rows"],
+        n_tokens=counts["n_tokens"],
+        text_bytes=counts["text_bytes"],
+        digest=manifest["sha256"][tokens.name],
     )
 
 
@@ -236,14 +253,16 @@ def _build(config: RunConfig, tokenizer: Tokenizer | None, directory: Path, repo
             writers = {name: stack.enter_context(_SplitWriter(scratch, name, dtype)) for name in SPLITS}
             _tokenise(_split_documents(data), tokenizer, writers, report)
             _require_both(writers, data)
-            entries = {name: writer.finish(data.seq_len, tokenizer.pad_id) for name, writer in writers.items()}
+            counts = {name: writer.finish(data.seq_len, tokenizer.pad_id) for name, writer in writers.items()}
+        digests = {name: digest for writer in writers.values() for name, digest in writer.digests().items()}
         manifest = {
             "format_version": FORMAT_VERSION,
             "seq_len": data.seq_len,
             "dtype": dtype,
-            "tokenizer_digest": tokenizer.digest,
-            **entries,
+            "sha256": {"tokenizer.model": tokenizer.digest, **digests},
+            **counts,
         }
+        manifest["digest"] = _manifest_digest(manifest)
         (scratch / "corpus.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         try:
             scratch.rename(directory)
@@ -295,30 +314,34 @@ class _SplitWriter(contextlib.ExitStack):
 
     def __init__(self, directory: Path, name: str, dtype: str) -> None:
         super().__init__()
+        self._tokens, self._documents = f"{name}.tokens", f"{name}.documents"
         self._files = {
-            kind: self.enter_context((directory / f"{name}.{kind}").open("wb")) for kind in ("tokens", "documents")
+            file: self.enter_context((directory / file).open("wb")) for file in (self._tokens, self._documents)
         }
-        self._hashes = {kind: hashlib.sha256() for kind in self._files}
+        self._hashes = {file: hashlib.sha256() for file in self._files}
         self._dtype = dtype
         self.n_tokens = self.n_documents = self.text_bytes = 0
 
     def add(self, ids: Int32[np.ndarray, "_"], text_bytes: int, tokenizer: Tokenizer) -> None:
-        self._write("documents", np.array([self.n_tokens], "<u8"))
-        self._write("tokens", np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(self._dtype))
+        self._write(self._documents, np.array([self.n_tokens], "<u8"))
+        self._write(self._tokens, np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(self._dtype))
         self.n_tokens += len(ids) + 2
         self.n_documents += 1
         self.text_bytes += text_bytes
 
-    def finish(self, seq_len: int, pad_id: int) -> dict[str, Any]:
-        """Pads to whole rows and returns the entries of the manifest."""
+    def finish(self, seq_len: int, pad_id: int) -> dict[str, int]:
+        """Pads to whole rows and returns the counts of the manifest."""
         n_rows = -(-self.n_tokens // seq_len)
-        self._write("documents", np.array([self.n_tokens], "<u8"))
-        self._write("tokens", np.full(n_rows * seq_len - self.n_tokens, pad_id, self._dtype))
+        self._write(self._documents, np.array([self.n_tokens], "<u8"))
+        self._write(self._tokens, np.full(n_rows * seq_len - self.n_tokens, pad_id, self._dtype))
         counts = {"n_rows": n_rows, "n_tokens": self.n_tokens, "n_documents": self.n_documents}
-        digests = {f"{kind}_sha256": digest.hexdigest() for kind, digest in self._hashes.items()}
-        return {**counts, "text_bytes": self.text_bytes, **digests}
+        return {**counts, "text_bytes": self.text_bytes}
 
-    def _write(self, kind: str, values: np.ndarray) -> None:
+    def digests(self) -> dict[str, str]:
+        """sha256 of each file, by its name."""
+        return {file: digest.hexdigest() for file, digest in self._hashes.items()}
+
+    def _write(self, file: str, values: np.ndarray) -> None:
         data = values.tobytes()
-        self._hashes[kind].update(data)
-        self._files[kind].write(data)
+        self._hashes[file].update(data)
+        self._files[file].write(data)

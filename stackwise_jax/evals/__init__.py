@@ -1,0 +1,1 @@
+"""Measurements on held-out text; they take functions and arrays, never models."""

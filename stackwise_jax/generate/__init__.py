@@ -1,0 +1,1 @@
+"""New text from a trained rack, one token after another."""

@@ -8,7 +8,7 @@ advanced from those that have not, so that an interrupted advance mixes nothing.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ Rows = Callable[[np.ndarray, int], Batch]
 """(row ids [B], variant) -> the batch of those rows."""
 
 
+@runtime_checkable
 class ChunkStore(Protocol):
     """Where chunks live. A tier implements this; the cache never asks which one it has."""
 

@@ -113,7 +113,7 @@ def _activation_bytes(config: RunConfig, live_blocks: int) -> int:
     return tokens * item * (inside * live_blocks + 2 * model.d_model) + logits
 
 
-def readable_bytes(count: float) -> str:
+def readable_bytes(count: int | float) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
@@ -122,7 +122,7 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def readable_count(count: float) -> str:
+def readable_count(count: int | float) -> str:
     """68_980_000_000 -> "68.98B"."""
     for scale, unit in ((1e15, "Q"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= scale:

@@ -34,7 +34,7 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
-    """Keys (after rotation) and values of the places read so far, for one block or, with a leading axis, for a stack."""
+    """Keys (after rotation) and values of the places read so far, of one block or, with a leading axis, of a stack."""
 
     keys: Float[Array, "*L B S K H"]
     values: Float[Array, "*L B S K H"]

@@ -31,7 +31,7 @@ def init_head(key: Key, model: ModelConfig) -> Params:
     return weights.init_weights(jax.random.fold_in(key, HEAD_STREAM), table)
 
 
-def init_rack_stack(key: Key, model: ModelConfig, first_block: int, n_blocks: int) -> Params:
+def init_rack_stack(key: Key, model: ModelConfig, first_block: int | Array, n_blocks: int) -> Params:
     """Draws one stack from the run's key."""
     return init_stack(jax.random.fold_in(key, BLOCKS_STREAM), model, first_block, n_blocks)
 
@@ -84,8 +84,8 @@ def output_table(head: Params, embedding: Params) -> Float[Array, "V D"]:
     return head["table"] if "table" in head else embedding["tokens"]
 
 
-def row_context(model: ModelConfig, segments: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Context:
-    """The context of whole packed rows."""
+def row_context(model: ModelConfig, segments: Int[Array, "B T"] | None, positions: Int[Array, "B T"]) -> Context:
+    """The context of whole packed rows; without segments a row is one document and attention takes its fast path."""
     return Context(positions, Mask(kind=model.attention, segments=segments))
 
 
@@ -97,7 +97,7 @@ def apply_rack(
     *,
     dtype: DTypeLike,
 ) -> Float[Array, "B T D"]:
-    """Runs the whole rack, without dropout, up to and including the final norm; multiply by `output_table` for logits."""
+    """Runs the whole rack, without dropout, through the final norm; multiply by `output_table` for logits."""
     x = apply_embedding(rack["embedding"], inputs, context.positions, model, dtype=dtype)
     for stack in rack["stacks"]:
         x = apply_stack(stack, x, context, model, dtype=dtype)

@@ -23,7 +23,7 @@ REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
-def init_stack(key: Key, model: ModelConfig, first_block: int, n_blocks: int) -> Params:
+def init_stack(key: Key, model: ModelConfig, first_block: int | Array, n_blocks: int) -> Params:
     """Draws blocks `first_block ..` of the rack; a block's values depend on its place in the rack, not on grouping."""
     table = weights.block_table(model)
     keys = jax.vmap(lambda block: jax.random.fold_in(key, block))(first_block + jnp.arange(n_blocks))

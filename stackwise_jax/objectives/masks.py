@@ -56,6 +56,7 @@ def hide_by_count(
     """
     ranked = jnp.where(eligible, scores, 2.0)
     n = jnp.sum(eligible, axis=1)
-    m = jnp.clip(jnp.ceil(rates * n).astype(jnp.int32), jnp.minimum(n, 1), n)
+    # A float32 rate such as 0.15 lies a rounding above itself; without the slack 100 places would hide 16.
+    m = jnp.clip(jnp.ceil(rates * (n * (1.0 - 2.0**-22))).astype(jnp.int32), jnp.minimum(n, 1), n)
     rank = jnp.argsort(jnp.argsort(ranked, axis=1), axis=1)
     return eligible & (rank < m[:, None])

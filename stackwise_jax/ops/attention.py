@@ -63,7 +63,7 @@ def attention(
         visible = mask.as_array(q.shape[1]) if needs_array else None
     else:
         is_causal, visible = False, mask
-    refusal = cudnn_refusal(q, k, v, has_mask_array=visible is not None)
+    refusal = cudnn_refusal(q, k, v, is_causal=is_causal)
     if implementation == "cudnn" and refusal:
         raise UserError(f'model.attention_implementation="cudnn" {refusal}; use "auto" or "xla".')
     kernel: Kernel = "xla" if refusal or implementation == "xla" else "cudnn"
@@ -75,13 +75,13 @@ def attention(
 
 
 def cudnn_refusal(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, has_mask_array: bool
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, is_causal: bool
 ) -> str | None:
     """Returns why cuDNN cannot serve a call on the default device, as the rest of a sentence; None when it can.
 
     Args:
       q, k, v: the call's arrays; only shapes and dtypes are read.
-      has_mask_array: whether the mask must be passed as an array, which neither "causal" nor "no mask" needs.
+      is_causal: whether causality is all there is to the mask, so that no array need be passed.
     """
     capability = _cuda_capability()
     if capability is None or capability < (8, 0):
@@ -93,13 +93,13 @@ def cudnn_refusal(
     d_head, longest = q.shape[-1], 256 if capability >= (9, 0) else 128
     if d_head % 8 or d_head > longest:
         return f"needs a head dimension that is a multiple of 8 and at most {longest} on this GPU, not {d_head}"
-    if has_mask_array and (q.shape[1] % 2 or k.shape[1] % 128):
-        # Otherwise its backward pass returns NaN in dQ on Hopper for rows of strongly negative logits (S % 128 == 64),
-        # https://github.com/pytorch/pytorch/issues/196678, or has no kernel (odd lengths).
-        return (
-            "needs an even number of queries and a multiple of 128 keys where documents, prefixes or a cache are "
-            f"masked, not {q.shape[1]} and {k.shape[1]}"
-        )
+    T, S = q.shape[1], k.shape[1]
+    if T % 2 or S % 2:
+        return f"needs even numbers of queries and keys, not {T} and {S}"
+    if not is_causal and S % 128:
+        # Its backward pass returns NaN in dQ for rows of strongly negative logits where S % 128 == 64: with a mask
+        # array (https://github.com/pytorch/pytorch/issues/196678), and with none (cuDNN 9.19 on an H200, H = 64).
+        return f"needs a multiple of 128 keys unless rows are causal and one document each, not {S}"
     return None
 
 

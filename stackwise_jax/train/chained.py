@@ -14,13 +14,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.models.block import Context
-from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context
+from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.curriculum import Role, Signature
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.train.step import Program, StepFunction, head_loss, join_parts
-from stackwise_jax.types import Batch, Example, Key, Params
+from stackwise_jax.types import AnyArray, Batch, Example, Key, Params
 
 
 class ChainedGradients:
@@ -58,7 +58,7 @@ class ChainedGradients:
         body = self.signature.body
         parts = join_parts(live, frozen)
         example = self._prepare(batch)
-        context = row_context(self.model, example.segments, example.positions)
+        context = self.program.context(example)
         keys = [None] * (len(body) + 1) if key is None else list(jax.random.split(key, len(body) + 1))
         live_stacks, frozen_stacks = iter(parts["stacks"]), iter(parts["frozen_stacks"])
         stacks = [next(live_stacks if role is Role.LIVE else frozen_stacks) for _, role in body]
@@ -117,7 +117,7 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
     def update(
-        kind: str, params: Params, state: Any, grads: Params, factor: Float[Array, ""], fraction: Float[Array, ""]
+        kind: str, params: Params, state: Any, grads: Params, factor: Float[Array, ""], fraction: Float[AnyArray, ""]
     ) -> tuple[Params, Any]:
         grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
         return optimizer.update_part(transforms[kind], grads, state, params, fraction)
@@ -127,8 +127,8 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
         frozen: Params,
         batch: Batch,
         activations: Array | None,
-        fraction: Float[Array, ""],
-        step: Int[Array, ""],
+        fraction: Float[AnyArray, ""],
+        step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
         grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
         weight = jnp.maximum(weight, 1.0)

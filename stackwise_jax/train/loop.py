@@ -65,6 +65,18 @@ class Result:
     held_out: dict[str, dict[str, float]]
 
 
+@dataclasses.dataclass
+class _Clock:
+    """What has happened in a phase since its last log line."""
+
+    logged: int
+    data_seconds: float = 0.0
+    is_first: bool = True
+
+    def restart(self, logged: int) -> None:
+        self.logged, self.data_seconds, self.is_first = logged, 0.0, False
+
+
 def make_program(config: RunConfig, corpus: Corpus, n_rows: int) -> Program:
     """The static part of every compiled function of a run."""
     tokenizer = corpus.tokenizer
@@ -146,40 +158,47 @@ class Run:
         step_function = self._steps[signature]
         frozen = self.frozen_parts(phase, signature)
         pending: tuple[int, dict[str, Array]] | None = None
-        data_seconds, logged = 0.0, position.phase_step
-        self.progress.start_clock()
+        clock = _Clock(position.phase_step)
         while position.phase_step < phase.steps:
             waited = time.perf_counter()
-            batch, activations = self.inputs.training_batch(phase, self.frozen, next(self.batches))
-            data_seconds += time.perf_counter() - waited
+            batch = next(self.batches)
+            clock.data_seconds += time.perf_counter() - waited
+            batch, activations = self.inputs.training_batch(phase, self.frozen, batch)
             fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
             self.state, metrics = step_function(
-                self.state, frozen, batch, activations, np.float32(fraction), np.int32(position.step)
+                self.state, frozen, batch, activations, np.asarray(fraction, np.float32), np.asarray(position.step, np.int32)
             )
             position.step += 1
             position.phase_step += 1
             position.done_flops += self.plan.step_flops[position.phase]
-            if pending is not None:  # the previous step is certainly done, so reading it keeps the device busy
-                done, values = pending[0], _read(pending)
-                if done == 1 or done % config.logging.every_steps == 0:
-                    self._log(phase, done, values, done - logged, data_seconds)
-                    data_seconds, logged = 0.0, done
+            if pending is not None:  # the step before is done or nearly so: reading it now never idles the device
+                self._log_when_due(phase, pending, clock)
             pending = (position.phase_step, metrics)
-            if self._snapshot_is_due():
+            if clock.is_first:  # it may have compiled, which is no measure of speed
                 _read(pending)
-                self._save()
-                self.progress.start_clock()
-            if config.evaluation.every_steps and position.phase_step % config.evaluation.every_steps == 0:
-                values = self._evaluate(phase, signature)
-                self.writer.write("held_out", position.step, {"phase": phase.name, **values})
-                self.progress.start_clock()
+                clock.restart(position.phase_step)
+                self.progress.start_clock(self.plan.step_flops[position.phase])
+            with self.progress.untimed():
+                if self._snapshot_is_due():
+                    self._log_when_due(phase, pending, clock)  # a continued run does not come by here again
+                    pending = None
+                    self._save()
+                if config.evaluation.every_steps and position.phase_step % config.evaluation.every_steps == 0:
+                    values = self._evaluate(phase, signature)
+                    self.writer.write("held_out", position.step, {"phase": phase.name, **values})
         if pending is not None:
-            self._log(phase, pending[0], _read(pending), pending[0] - logged, data_seconds)
+            self._log(phase, pending[0], _read(pending), clock)
 
-    def _log(self, phase: Phase, done: int, values: dict[str, float], steps: int, data_seconds: float) -> None:
+    def _log_when_due(self, phase: Phase, pending: tuple[int, dict[str, Array]], clock: "_Clock") -> None:
+        values = _read(pending)
+        if pending[0] % self.config.logging.every_steps == 0:
+            self._log(phase, pending[0], values, clock)
+
+    def _log(self, phase: Phase, done: int, values: dict[str, float], clock: "_Clock") -> None:
         step = self.position.step - self.position.phase_step + done
-        flops = self.plan.step_flops[self.position.phase]
-        rates = self.progress.measure(flops * steps, self.plan.tokens_per_step * steps, data_seconds)
+        steps, flops = done - clock.logged, self.plan.step_flops[self.position.phase]
+        rates = self.progress.measure(flops * steps, self.plan.tokens_per_step * steps, clock.data_seconds)
+        clock.restart(done)
         self.writer.write("train", step, {"phase": phase.name, "phase_step": done, **values, **rates})
         self.progress.show(phase.name, done, phase.steps, values["loss"], rates)
 

@@ -1,8 +1,10 @@
 """What a run says while it runs: JSON lines always, TensorBoard when installed, and a progress line for people."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +96,17 @@ class Progress:
         self._done_flops = self._run_seconds = 0.0
         self._mark = time.perf_counter()
 
-    def skip(self, flops: float) -> None:
-        """Counts work that another process did before a resume."""
-        self._total_flops -= flops
-
-    def start_clock(self) -> None:
-        """Leaves what happened since the last call (compilation, evaluation, saving) out of the rates."""
+    def start_clock(self, flops: float) -> None:
+        """Leaves what happened since the last call, work of `flops` with compilation, out of the rates."""
+        self.count(flops)
         self._mark = time.perf_counter()
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leaves what happens inside (saving, evaluating) out of the rates."""
+        started = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - started
 
     def measure(self, flops: float, tokens: int, data_seconds: float) -> dict[str, float]:
         """Rates since the last call for that much work."""
@@ -119,7 +125,7 @@ class Progress:
         return rates
 
     def count(self, flops: float) -> None:
-        """Counts untimed work, so that the ETA does not expect it again."""
+        """Counts untimed work (by an earlier process, in a cache), so that the ETA does not expect it again."""
         self._total_flops -= flops
 
     def show(self, phase: str, step: int, steps: int, loss: float, rates: dict[str, float]) -> None:
@@ -153,7 +159,7 @@ class Progress:
         print(f"\r\x1b[2K{text}", end="\n" if stays else "", file=sys.stderr, flush=True)
 
 
-def readable_time(seconds: float) -> str:
+def readable_time(seconds: int | float) -> str:
     """3725 -> "1h02m"."""
     seconds = max(0, round(seconds))
     if seconds < 60:

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from stackwise_jax.schema import OptimizerConfig
-from stackwise_jax.types import Params
+from stackwise_jax.types import AnyArray, Params
 
 Transforms = dict[str, optax.GradientTransformation]
 """One transformation for each kind of part: "embedding", "stacks" (each stack on its own), "head"."""
@@ -77,7 +77,7 @@ def update_part(
     gradients: Params,
     state: Any,
     params: Params,
-    fraction: Float[Array, ""],
+    fraction: Float[AnyArray, ""],
 ) -> tuple[Params, Any]:
     """One update of one part. Returns (state, parameters), both new."""
     updates, state = transform.update(gradients, state, params)
@@ -86,7 +86,7 @@ def update_part(
 
 
 def update_parts(
-    transforms: Transforms, gradients: Params, states: Params, params: Params, fraction: Float[Array, ""]
+    transforms: Transforms, gradients: Params, states: Params, params: Params, fraction: Float[AnyArray, ""]
 ) -> tuple[Params, Params]:
     """One update of every live part."""
     new_params: Params = {}

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.memory.precision import DTYPES
+from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.objectives.objective import Corrupt
@@ -22,7 +23,7 @@ from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.curriculum import Role, Signature
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.types import Batch, Example, Key, Params
+from stackwise_jax.types import AnyArray, Batch, Example, Key, Params
 
 # Streams of the run's key that steps draw from (models/rack.py uses 0 to 2).
 MASK_STREAM, DROPOUT_STREAM = 3, 4
@@ -51,7 +52,7 @@ class Program:
     def mask_key(self) -> Key:
         return jax.random.fold_in(self.key, MASK_STREAM)
 
-    def dropout_key(self, step: Int[Array, ""]) -> Key | None:
+    def dropout_key(self, step: Int[AnyArray, ""]) -> Key | None:
         if self.config.model.dropout == 0.0:
             return None
         return jax.random.fold_in(jax.random.fold_in(self.key, DROPOUT_STREAM), step)
@@ -60,6 +61,11 @@ class Program:
     def dtype(self) -> Any:
         """Arithmetic of the embedding, the trunk and the head."""
         return DTYPES[self.config.precision.compute]
+
+    def context(self, rows: Batch | Example) -> Context:
+        """What attention needs of rows; segments only where documents are kept apart."""
+        segments = rows.segments if self.config.data.isolate_documents else None
+        return row_context(self.config.model, segments, rows.positions)
 
     @property
     def live_dtype(self) -> Any:
@@ -78,7 +84,7 @@ def run_path(
 ) -> Float[Array, "B T D"]:
     """Runs the body of a path, from tokens or from the trunk's output, up to and including the final norm."""
     model = program.config.model
-    context = row_context(model, example.segments, example.positions)
+    context = program.context(example)
     keys = [None] * (len(signature.body) + 1) if key is None else list(jax.random.split(key, len(signature.body) + 1))
     if activations is None:
         x = apply_embedding(
@@ -179,13 +185,13 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
         frozen: Params,
         batch: Batch,
         activations: Array | None,
-        fraction: Float[Array, ""],
-        step: Int[Array, ""],
+        fraction: Float[AnyArray, ""],
+        step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
         grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
         weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing moves nothing
         grads = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         scale = optimizer.clip_scale(norm, config.clip_norm)
         grads = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), grads)
         params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fraction)

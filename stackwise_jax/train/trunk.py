@@ -18,7 +18,7 @@ from stackwise_jax.data.pipeline import ChunkLayout, validation_batches
 from stackwise_jax.memory import fingerprint
 from stackwise_jax.memory.activations import ActivationCache, DeviceStore
 from stackwise_jax.memory.precision import DTYPES
-from stackwise_jax.models.rack import apply_embedding, row_context
+from stackwise_jax.models.rack import apply_embedding
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.objectives.objective import variants
 from stackwise_jax.train.curriculum import Phase
@@ -40,8 +40,7 @@ class Forward:
 
         @jax.jit
         def forward(stack: Params, x: Float[Array, "B T D"], batch: Batch) -> Float[Array, "B T D"]:
-            context = row_context(model, batch.segments, batch.positions)
-            return apply_stack(stack, x, context, model, dtype=dtype)
+            return apply_stack(stack, x, program.context(batch), model, dtype=dtype)
 
         self.embed, self.forward = embed, forward
 

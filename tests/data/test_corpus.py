@@ -175,8 +175,8 @@ def test_what_tokens_depend_on_names_the_folder(make_config: MakeConfig, tmp_pat
     base = prepare_corpus(make_config(), report=quiet)
     model = str(base.directory / "tokenizer.model")
     changes = [
-        {}, {"seq_len": 16}, {"validation_fraction": 0.3}, {"max_bytes": 3000}, {"vocab_size": 310}, {"tokenizer": model},
-        {"validation_source": str(tmp_path / "held_out.txt")},
+        {}, {"seq_len": 16}, {"validation_fraction": 0.3}, {"max_bytes": 3000}, {"vocab_size": 310},
+        {"tokenizer": model}, {"validation_source": str(tmp_path / "held_out.txt")},
     ]  # fmt: skip
     corpora = [prepare_corpus(make_config(**change), report=quiet) for change in changes]
     assert len({corpus.directory for corpus in corpora}) == len(changes)

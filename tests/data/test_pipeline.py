@@ -1,7 +1,7 @@
 """The order of rows: whole epochs, batches inside chunks, a function of seed and position, and exact continuation."""
 
 import json
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def order(batches: Any, n_batches: int) -> list[int]:
 def follows_the_rules(rows: list[int], layout: ChunkLayout = LAYOUT) -> bool:
     """Whether one epoch visits every used row once, chunk after chunk."""
     chunks = [row // layout.rows_per_chunk for row in rows]
-    changes = sum(a != b for a, b in zip(chunks[:-1], chunks[1:], strict=True))
+    changes = sum(a != b for a, b in pairwise(chunks))
     return sorted(rows) == list(range(layout.n_rows)) and changes == layout.n_chunks - 1
 
 

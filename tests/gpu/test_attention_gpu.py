@@ -98,32 +98,33 @@ def test_documents_detects_plain_causal(key: jax.Array, shape: tuple):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [192, 256, 320, 512])
-def test_strongly_negative_logits_give_no_nan(key: jax.Array, kind: str, length: int):
-    """Rows with a log-sum-exp below -88.7, where exp underflows: cuDNN fails with a mask array and T % 128 == 64."""
+@pytest.mark.parametrize("length", [192, 256])
+def test_strongly_negative_logits_give_no_nan(key: jax.Array, tolerance: dict, kind: str, length: int):
+    """Rows with a log-sum-exp below -88.7, where exp underflows: cuDNN fails at T % 128 == 64, unless causal."""
     q, k, v = inputs(key, (2, length, 8, 2, 64))
-    q, k = (jnp.full_like(q, 8.0) + q).astype(q.dtype), (jnp.full_like(k, -8.0) + k).astype(k.dtype)
+    q, k = q.at[..., 0].set(30.0), k.at[..., 0].set(-30.0)  # logits near -112
     mask = make_mask(kind, 2, length)
     wide = tuple(x.astype(jnp.float32) for x in (q, k, v))
     for got, expected in zip(
         value_and_gradients("auto", mask, (q, k, v)), value_and_gradients("reference", mask, wide), strict=True
     ):
         assert bool(jnp.isfinite(got).all())
-        assert relative_error(got, expected) < 5e-2  # logits near -500 keep 16 bits less of what tells keys apart
+        assert relative_error(got, expected) < tolerance["bfloat16"]["rtol"]
 
 
-def test_auto_leaves_awkward_lengths_under_a_mask_to_xla(key: jax.Array):
+def test_auto_leaves_awkward_lengths_to_xla_unless_plainly_causal(key: jax.Array):
     arrays = inputs(key, (2, 192, 8, 2, 64))
-    packed, plain = make_mask("causal packed", 2, 192), Mask("causal")
-    assert cudnn_refusal(*arrays, has_mask_array=True) is not None
-    assert cudnn_refusal(*arrays, has_mask_array=False) is None
+    packed = make_mask("causal packed", 2, 192)
+    assert cudnn_refusal(*arrays, is_causal=False) is not None
+    assert cudnn_refusal(*arrays, is_causal=True) is None
 
     def calls_cudnn(mask: Mask) -> bool:
         lowered = jax.jit(lambda *qkv: attention(*qkv, mask)).lower(*arrays)
         return "cudnn" in lowered.as_text()
 
     assert not calls_cudnn(packed)
-    assert calls_cudnn(plain)
+    assert not calls_cudnn(Mask("bidirectional"))
+    assert calls_cudnn(Mask("causal"))
     with pytest.raises(UserError, match="multiple of 128 keys"):
         attention(*arrays, packed, implementation="cudnn")
 

@@ -181,29 +181,30 @@ def test_misfits_are_errors(key: jax.Array):
         attention(q[:, :1], k, v, Mask("causal"))
 
 
-REFUSALS = [  # capability, dtype, T, S, H, has_mask_array, the word that tells the reason
-    ((9, 0), "bfloat16", 256, 256, 128, False, None),
-    ((9, 0), "bfloat16", 256, 256, 256, True, None),
-    ((9, 0), "float16", 192, 192, 64, False, None),
-    ((8, 0), "bfloat16", 256, 256, 128, True, None),
-    (None, "bfloat16", 256, 256, 128, False, "NVIDIA GPU"),
-    ((7, 5), "bfloat16", 256, 256, 128, False, "8.0"),
-    ((9, 0), "float32", 256, 256, 128, False, "float32"),
-    ((9, 0), "bfloat16", 256, 256, 60, False, "multiple of 8"),
-    ((9, 0), "bfloat16", 256, 256, 264, False, "at most 256"),
-    ((8, 0), "bfloat16", 256, 256, 256, False, "at most 128"),
-    ((9, 0), "bfloat16", 192, 192, 64, True, "192"),
-    ((9, 0), "bfloat16", 1, 256, 64, True, "even"),
+REFUSALS = [  # capability, dtype, T, S, H, is_causal, the words that tell the reason
+    ((9, 0), "bfloat16", 256, 256, 128, True, None),
+    ((9, 0), "bfloat16", 256, 256, 256, False, None),
+    ((9, 0), "float16", 192, 192, 64, True, None),
+    ((8, 0), "bfloat16", 256, 256, 128, False, None),
+    (None, "bfloat16", 256, 256, 128, True, "NVIDIA GPU"),
+    ((7, 5), "bfloat16", 256, 256, 128, True, "8.0"),
+    ((9, 0), "float32", 256, 256, 128, True, "float32"),
+    ((9, 0), "bfloat16", 256, 256, 60, True, "multiple of 8"),
+    ((9, 0), "bfloat16", 256, 256, 264, True, "at most 256"),
+    ((8, 0), "bfloat16", 256, 256, 256, True, "at most 128"),
+    ((9, 0), "bfloat16", 192, 192, 64, False, "multiple of 128 keys"),
+    ((9, 0), "bfloat16", 1, 256, 64, False, "even"),
+    ((9, 0), "bfloat16", 101, 101, 64, True, "even"),
 ]
 
 
-@pytest.mark.parametrize(("capability", "dtype", "T", "S", "H", "has_mask_array", "reason"), REFUSALS)
+@pytest.mark.parametrize(("capability", "dtype", "T", "S", "H", "is_causal", "reason"), REFUSALS)
 def test_cudnn_refuses_what_it_cannot_serve(
-    monkeypatch: pytest.MonkeyPatch, capability, dtype, T, S, H, has_mask_array, reason
+    monkeypatch: pytest.MonkeyPatch, capability, dtype, T, S, H, is_causal, reason
 ):
     monkeypatch.setattr(attention_module, "_cuda_capability", lambda: capability)
     q, k = jnp.zeros((1, T, 2, H), dtype), jnp.zeros((1, S, 1, H), dtype)
-    refusal = cudnn_refusal(q, k, k, has_mask_array=has_mask_array)
+    refusal = cudnn_refusal(q, k, k, is_causal=is_causal)
     assert refusal is None if reason is None else reason in refusal
 
 

@@ -1,0 +1,43 @@
+"""The command line of the programs that read a run folder: flags, --help, and one line for a user's mistake."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from stackwise_jax.errors import UserError, one_line_errors
+
+
+def run_command(
+    program: Callable[[Any], None], options: flags.FlagValues, about: str, argv: list[str] | None = None
+) -> None:
+    """Parses the command line into `options` and calls `program` with them.
+
+    Args:
+      options: the flags of this program alone, made anew for each call; one of them is `workdir`.
+      about: what --help says above the flags.
+      argv: the program's name, then its arguments; None: those of the process.
+    """
+    argv = list(sys.argv) if argv is None else argv
+    if {"--help", "-h", "-help"} & set(argv):
+        names = sorted(options)
+        lines = [f"  --{name:<12} {options[name].help.splitlines()[0].rstrip(';')}" for name in names]
+        print("\n".join([about.strip(), "", "Flags:", *lines]))
+        return
+    with one_line_errors():
+        try:
+            rest = options(argv)
+        except flags.Error as error:
+            raise UserError(str(error).splitlines()[0].removeprefix("FATAL Flags parsing error: ")) from None
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}; every option is a flag, --name=value")
+        program(options)
+
+
+def required_workdir(options: Any) -> Path:
+    """The run folder that was asked for; UserError without one."""
+    if not options.workdir:
+        raise UserError("--workdir is missing; give the folder of a run, for example --workdir=runs/quickstart")
+    return Path(options.workdir).expanduser()

@@ -1,0 +1,243 @@
+"""Continues prompts with a causal rack: prompts padded on the left, keys and values stored, one program for everything.
+
+Prefill and the loop over new tokens are one compiled program, so the host waits once, at the end. Slot s of the store
+holds place `s - first` of a row, `first` being the slot of the row's first real token.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import DTypeLike
+
+from stackwise_jax.data.tokenizer import Tokenizer
+from stackwise_jax.errors import UserError
+from stackwise_jax.generate.sampling import sample
+from stackwise_jax.memory.precision import DTYPES
+from stackwise_jax.models.block import Context, KeyValues
+from stackwise_jax.models.rack import decode_rack, init_key_values
+from stackwise_jax.ops.mask import decoding_mask
+from stackwise_jax.schema import ModelConfig, RunConfig
+from stackwise_jax.types import Key, Params
+
+# C0 but for tab and newline, delete, and C1: what could move a terminal's cursor or colour it.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+_Carry = tuple[Array, Array, Array, list[KeyValues]]  # of the loop: new tokens so far, their ids, rows done, the store
+
+
+def continue_texts(
+    rack: Params, config: RunConfig, tokenizer: Tokenizer, prompts: Sequence[str], *, seed: int
+) -> list[str]:
+    """Continues texts, each read as the beginning of a document, as `config.generation` says.
+
+    Returns:
+      The continuation of each prompt, without the prompt.
+
+    Raises:
+      UserError: the run is not causal, a prompt is no Unicode text, or a text would be longer than the model's learned
+        positions.
+    """
+    if config.objective.name != "clm":
+        raise UserError(_not_causal(f"objective.name={config.objective.name!r}"))
+    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    generation = config.generation
+    continued = generate(
+        rack,
+        config.model,
+        ids,
+        tokens=generation.tokens,
+        key=jax.random.key(seed),
+        allowed=allowed_ids(tokenizer, config.model.vocab_size),
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        eos_id=tokenizer.eos_id,
+        dtype=DTYPES[config.precision.compute],
+    )
+    return [tokenizer.decode(row[len(prompt) :]) for row, prompt in zip(continued, ids, strict=True)]
+
+
+def allowed_ids(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, "V"]:
+    """Ids that a continuation may hold: those of text, and the end of the document."""
+    allowed = np.arange(vocab_size) < tokenizer.vocab_size
+    allowed[list(tokenizer.special_ids)] = False
+    allowed[tokenizer.eos_id] = True
+    return allowed
+
+
+def printable(text: str) -> str:
+    """A text without the control characters that a terminal would obey; tabs and newlines stay."""
+    return _CONTROL.sub("", text)
+
+
+def generate(
+    rack: Params,
+    model: ModelConfig,
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    *,
+    tokens: int,
+    key: Key,
+    allowed: Bool[np.ndarray, "V"],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    eos_id: int | None,
+    dtype: DTypeLike,
+) -> list[Int[np.ndarray, "_"]]:
+    """Continues prompts of any lengths by up to `tokens` ids each.
+
+    Args:
+      prompts: ids, at least one each; their first is at position 0.
+      key: of the draws; row b of new token t has a stream of its own.
+      allowed, temperature, top_k, top_p: see `sample`.
+      eos_id: ends a row; None: every row gets all `tokens`.
+      dtype: of matmul inputs, and of the stored keys and values.
+
+    Returns:
+      Each prompt followed by its continuation, which ends with `eos_id` if it was drawn.
+
+    Raises:
+      UserError: the model is not causal, or prompt and continuation exceed its learned positions.
+      ValueError: a prompt without ids.
+    """
+    if model.attention != "causal":
+        raise UserError(_not_causal(f"model.attention={model.attention!r}"))
+    if not prompts:
+        return []
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) == 0:
+        raise ValueError("a prompt needs at least one id; begin it with bos")
+    longest = max(lengths)
+    if model.positions == "learned" and longest + tokens > (model.max_positions or 0):
+        raise UserError(
+            f"a prompt of {longest} tokens and {tokens} new ones need {longest + tokens} positions, but the model has "
+            f"learned model.max_positions={model.max_positions}; shorten the prompt or lower the number of tokens"
+        )
+    padded = np.stack([np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]).astype(np.int32)
+    first = np.array([longest - length for length in lengths], np.int32)
+    new = np.asarray(
+        _generate(rack, padded, first, key, allowed, model, tokens, temperature, top_k, top_p, eos_id, dtype)
+    )
+    return [
+        np.concatenate([prompt.astype(np.int32), _until(row, eos_id)]) for prompt, row in zip(prompts, new, strict=True)
+    ]
+
+
+def read_prompts(
+    rack: Params,
+    padded: Int[Array, "B T"],
+    first: Int[Array, "B"],
+    model: ModelConfig,
+    *,
+    slots: int,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "B V"], list[KeyValues]]:
+    """Reads prompts whose tokens lie at slots `first ..` of `padded` into a store of `slots` places.
+
+    Returns:
+      float32 logits of what follows each prompt, and the store.
+    """
+    B, T = padded.shape
+    stored = init_key_values(rack, model, B, slots, dtype=dtype)
+    places = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
+    return _read(rack, padded, places, first, stored, model, dtype)
+
+
+def read_token(
+    rack: Params,
+    token: Int[Array, "B"],
+    slot: Int[Array, ""],
+    first: Int[Array, "B"],
+    stored: list[KeyValues],
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "B V"], list[KeyValues]]:
+    """Reads one more token a row, into `slot`; returns as `read_prompts`."""
+    return _read(rack, token[:, None], jnp.full((len(token), 1), slot), first, stored, model, dtype)
+
+
+def _read(
+    rack: Params,
+    tokens: Int[Array, "B T"],
+    places: Int[Array, "B T"],
+    first: Int[Array, "B"],
+    stored: list[KeyValues],
+    model: ModelConfig,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "B V"], list[KeyValues]]:
+    slots = stored[0].keys.shape[2] if stored else 1  # a rack without stacks stores nothing
+    context = Context(
+        positions=jnp.maximum(places - first[:, None], 0),
+        mask=decoding_mask(places, slots, first),
+        write_at=places[0, 0],
+    )
+    return decode_rack(rack, tokens, context, stored, model, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "n_tokens", "temperature", "top_k", "top_p", "eos_id", "dtype"))
+def _generate(
+    rack: Params,
+    padded: Int[Array, "B T"],
+    first: Int[Array, "B"],
+    key: Key,
+    allowed: Bool[Array, "V"],
+    model: ModelConfig,
+    n_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    eos_id: int | None,
+    dtype: DTypeLike,
+) -> Int[Array, "B n"]:
+    """The new ids of every row; after `eos_id` a row repeats it."""
+    B, T = padded.shape
+
+    def pick(logits: Array, t: Array, done: Array) -> tuple[Array, Array]:
+        own_key = jax.random.fold_in(key, t)
+        token = sample(own_key, logits, allowed=allowed, temperature=temperature, top_k=top_k, top_p=top_p)
+        if eos_id is None:
+            return token, done
+        token = jnp.where(done, eos_id, token)
+        return token, token == eos_id
+
+    def unfinished(carry: _Carry) -> Array:
+        t, _, done, *_ = carry
+        return (t < n_tokens) & ~jnp.all(done)
+
+    def step(carry: _Carry) -> _Carry:
+        t, new, done, stored = carry
+        logits, stored = read_token(rack, new[:, t - 1], T + t - 1, first, stored, model, dtype=dtype)
+        token, done = pick(logits, t, done)
+        return t + 1, new.at[:, t].set(token), done, stored
+
+    logits, stored = read_prompts(rack, padded, first, model, slots=T + n_tokens - 1, dtype=dtype)
+    token, done = pick(logits, jnp.int32(0), jnp.zeros(B, bool))
+    new = jnp.full((B, n_tokens), 0 if eos_id is None else eos_id, jnp.int32).at[:, 0].set(token)
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(1), new, done, stored))[1]
+
+
+def _until(row: Int[np.ndarray, "n"], eos_id: int | None) -> Int[np.ndarray, "_"]:
+    """A row up to and including its first `eos_id`."""
+    if eos_id is None or eos_id not in row:
+        return row
+    return row[: np.argmax(row == eos_id) + 1]
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, "_"]:
+    try:
+        return np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
+    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
+        raise UserError(f"prompt {prompt!r} is not Unicode text; give it in UTF-8") from None
+
+
+def _not_causal(field: str) -> str:
+    return (
+        f"{field}: a run that fills in masked places cannot continue a text; measure it with "
+        "python -m stackwise_jax.evaluate, or train with objective.name='clm' and model.attention='causal'"
+    )

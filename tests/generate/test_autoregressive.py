@@ -1,0 +1,177 @@
+"""Generation is the rack read again from the start for every token; rows of a batch do not see each other."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stackwise_jax.errors import UserError
+from stackwise_jax.generate.autoregressive import generate, printable, read_prompts, read_token
+from stackwise_jax.models.rack import apply_rack, init_rack, output_table, row_context
+from stackwise_jax.schema import ArchitectureConfig, ModelConfig
+from stackwise_jax.types import Params
+
+VOCAB = 23
+PLAIN = ModelConfig(
+    vocab_size=VOCAB,
+    d_model=16,
+    n_heads=4,
+    n_kv_heads=4,
+    d_head=4,
+    d_ff=24,
+    max_positions=16,
+    init_std=0.3,
+    architecture=ArchitectureConfig(n_stacks=2, blocks_per_stack=1),
+)
+MODELS = {
+    "multi-head": PLAIN,
+    "grouped queries": dataclasses.replace(PLAIN, n_kv_heads=2, ties_embedding=True),
+    "learned positions": dataclasses.replace(PLAIN, positions="learned", norm="layernorm", use_bias=True, ffn="gelu"),
+    "post-norm": dataclasses.replace(PLAIN, norm_position="post", embedding_norm=True, n_kv_heads=1),
+}
+PROMPTS = [np.array(ids) for ids in ([3, 5, 7, 11, 2], [1], [4, 4, 9])]
+
+
+def rack_of(model: ModelConfig) -> Params:
+    return init_rack(jax.random.key(7), model, (1, 1))
+
+
+def continued(model: ModelConfig, prompts: list[np.ndarray], **options: Any) -> list[list[int]]:
+    settings: dict[str, Any] = {
+        "tokens": 8,
+        "key": jax.random.key(1),
+        "allowed": np.ones(VOCAB, bool),
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "eos_id": None,
+        "dtype": jnp.float32,
+    }
+    return [row.tolist() for row in generate(rack_of(model), model, prompts, **(settings | options))]
+
+
+def full_logits(rack: Params, model: ModelConfig, ids: np.ndarray) -> np.ndarray:
+    """Logits after `ids`, all of them read at once."""
+    row = jnp.array(ids)[None, :]
+    context = row_context(model, jnp.ones_like(row), jnp.arange(len(ids))[None, :])
+    hidden = apply_rack(rack, row, context, model, dtype=jnp.float32)
+    return np.asarray(hidden[0, -1] @ output_table(rack["head"], rack["embedding"]).T)
+
+
+def decoded_logits(model: ModelConfig, fault: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Logits after a left-padded prompt and after each of three more tokens: decoded, and recomputed from the start."""
+    rack, prompt, more = rack_of(model), np.array([3, 5, 7]), [8, 1, 13]
+    padded, first = jnp.array([[0, 0, *prompt]]), jnp.array([2])
+    logits, stored = read_prompts(rack, padded, first, model, slots=8, dtype=jnp.float32)
+    decoded, recomputed = [np.asarray(logits[0])], [full_logits(rack, model, prompt)]
+    for i, token in enumerate(more):
+        # A fault in `first` here moves positions and shows padding; the prompt was read rightly.
+        logits, stored = read_token(
+            rack, jnp.array([token]), jnp.array(5 + i), first - fault, stored, model, dtype=jnp.float32
+        )
+        decoded.append(np.asarray(logits[0]))
+        recomputed.append(full_logits(rack, model, np.array([*prompt, *more[: i + 1]])))
+    return decoded, recomputed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_is_recomputation(name: str, tolerance: dict[str, dict[str, float]]):
+    decoded, recomputed = decoded_logits(MODELS[name])
+    for ours, expected in zip(decoded, recomputed, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["multi-head", "learned positions"])
+def test_decoding_is_recomputation_detects_wrong_positions(name: str):
+    decoded, recomputed = decoded_logits(MODELS[name], fault=1)
+    assert max(np.abs(a - b).max() for a, b in zip(decoded[1:], recomputed[1:], strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_text_is_the_argmax_of_recomputed_logits(name: str):
+    model = MODELS[name]
+    for row, prompt in zip(continued(model, PROMPTS, tokens=5), PROMPTS, strict=True):
+        ids = prompt
+        for _ in range(5):
+            ids = np.append(ids, np.argmax(full_logits(rack_of(model), model, ids)))
+        assert row == ids.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_is_the_same_alone(name: str):
+    together = continued(MODELS[name], PROMPTS)
+    alone = [continued(MODELS[name], [prompt])[0] for prompt in PROMPTS]
+    assert together == alone
+    assert len({tuple(row[-4:]) for row in together}) > 1  # otherwise rows that mix up would go unnoticed
+
+
+def test_prompts_are_kept_and_lengths_are_what_was_asked():
+    for row, prompt in zip(continued(PLAIN, PROMPTS, temperature=1.0), PROMPTS, strict=True):
+        assert row[: len(prompt)] == prompt.tolist()
+        assert len(row) == len(prompt) + 8
+
+
+def test_temperature_zero_ignores_the_key_and_others_do_not():
+    keys = [jax.random.key(seed) for seed in (1, 2)]
+    assert continued(PLAIN, PROMPTS, key=keys[0]) == continued(PLAIN, PROMPTS, key=keys[1])
+    warm = [continued(PLAIN, PROMPTS, key=key, temperature=1.0) for key in (*keys, keys[0])]
+    assert warm[0] == warm[2]
+    assert warm[0] != warm[1]
+
+
+def test_top_k_of_one_is_greedy():
+    assert continued(PLAIN, PROMPTS, temperature=1.0, top_k=1) == continued(PLAIN, PROMPTS)
+
+
+def test_forbidden_ids_do_not_occur():
+    allowed = np.arange(VOCAB) % 3 == 0
+    free = {i for row, p in zip(continued(PLAIN, PROMPTS), PROMPTS, strict=True) for i in row[len(p) :]}
+    assert not all(allowed[i] for i in free)
+    for temperature in (0.0, 2.0):
+        rows = continued(PLAIN, PROMPTS, allowed=allowed, temperature=temperature)
+        assert all(allowed[i] for row, p in zip(rows, PROMPTS, strict=True) for i in row[len(p) :])
+
+
+def test_eos_ends_its_row_and_no_other():
+    free = continued(PLAIN, PROMPTS)
+    eos = free[0][len(PROMPTS[0]) + 2]
+    assert any(eos not in row[len(p) :] for row, p in zip(free, PROMPTS, strict=True))
+    for row, whole, prompt in zip(continued(PLAIN, PROMPTS, eos_id=eos), free, PROMPTS, strict=True):
+        new = whole[len(prompt) :]
+        assert row == prompt.tolist() + (new[: new.index(eos) + 1] if eos in new else new)
+
+
+def test_one_program_whatever_the_number_of_tokens():
+    def loops(tokens: int) -> int:
+        model = PLAIN
+        from stackwise_jax.generate.autoregressive import _generate
+
+        padded, first = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
+        allowed = jnp.ones(VOCAB, bool)
+        settings = (model, tokens, 0.0, 0, 1.0, None, jnp.float32)
+        return len(_generate.lower(rack_of(model), padded, first, jax.random.key(0), allowed, *settings).as_text())
+
+    assert loops(12) < 1.05 * loops(3)
+
+
+def test_rotary_positions_may_go_beyond_training_and_learned_ones_may_not():
+    assert len(continued(PLAIN, [np.arange(10)], tokens=10)[0]) == 20
+    learned = MODELS["learned positions"]
+    assert len(continued(learned, [np.arange(10)], tokens=6)[0]) == 16
+    with pytest.raises(UserError, match=r"need 17 positions.*max_positions=16"):
+        continued(learned, [np.arange(10)], tokens=7)
+
+
+def test_what_cannot_be_continued_is_refused():
+    with pytest.raises(UserError, match=r"bidirectional.*evaluate"):
+        continued(dataclasses.replace(PLAIN, attention="bidirectional"), PROMPTS)
+    with pytest.raises(ValueError, match="bos"):
+        continued(PLAIN, [np.array([], np.int32)])
+    assert continued(PLAIN, []) == []
+
+
+def test_printing_leaves_out_what_a_terminal_obeys():
+    assert printable("a\tb\nc\x1b[2Jd\x00\x7f\x9be\r\u00e9\U0001f642") == "a\tb\nc[2Jde\u00e9\U0001f642"

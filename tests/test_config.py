@@ -1,0 +1,270 @@
+"""The validator: every refusal names the field, whatever is thrown at it is one line, and what is stored reads back."""
+
+import copy
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stackwise_jax import config as config_lib
+from stackwise_jax.config import budget_steps, default, differences, from_json, resolve, to_json
+from stackwise_jax.errors import UserError
+from stackwise_jax.schema import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def edited(**fields: Any) -> dict[str, Any]:
+    """The default config as a nested dict with `a__b=value` written at a.b."""
+    entries = copy.deepcopy(dataclasses.asdict(RunConfig()))
+    for name, value in fields.items():
+        *sections, field = name.split("__")
+        section = entries
+        for part in sections:
+            section = section[part]
+        section[field] = value
+    return entries
+
+
+def refusal(**fields: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(edited(**fields))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_resolve_and_fill_in_what_is_derived():
+    config = resolve(default())
+    assert (config.model.n_kv_heads, config.model.d_head, config.model.max_positions) == (4, 32, 256)
+    assert config.training.progressive.new_stack_precision == "fp32"
+    assert config == resolve({}) == resolve(dataclasses.asdict(RunConfig()))
+
+
+def test_resolving_twice_changes_nothing():
+    config = resolve(edited(training__progressive__enabled=False, model__n_kv_heads=2))
+    assert resolve(dataclasses.asdict(config)) == config
+
+
+def test_default_is_locked_and_says_what_was_meant():
+    config = default()
+    with pytest.raises(AttributeError, match="d_model"):
+        config.model.d_modle = 3
+    with pytest.raises(TypeError):
+        config.model.d_model = "wide"
+    config.model.n_kv_heads = 2
+    assert resolve(config).model.n_kv_heads == 2
+
+
+def test_progressive_switched_off_is_end_to_end():
+    assert resolve(edited(training__progressive__enabled=False)).training.mode == "end_to_end"
+    assert not resolve(edited(training__mode="end_to_end")).training.progressive.enabled
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model__d_modle": 3}, ["model.d_modle", 'Did you mean "d_model"']),
+        ({"modle": {}}, ["modle", 'Did you mean "model"']),
+        ({"model": 3}, ["model=3", "section"]),
+        ({"model__d_model": "64"}, ["model.d_model='64'", "int"]),
+        ({"model__d_model": True}, ["model.d_model=True", "int"]),
+        ({"model__d_model": 64.0}, ["model.d_model=64.0", "int"]),
+        ({"model__d_model": None}, ["model.d_model=None", "int"]),
+        ({"model__use_bias": 1}, ["model.use_bias=1", "bool"]),
+        ({"optimizer__learning_rate": math.nan}, ["optimizer.learning_rate=nan", "finite"]),
+        ({"optimizer__learning_rate": -1.0}, ["optimizer.learning_rate=-1.0", "at least 0"]),
+        ({"model__norm": "rmsnrom"}, ["model.norm='rmsnrom'", 'Did you mean "rmsnorm"']),
+        ({"precision__cache": "fp16"}, ["precision.cache='fp16'", "fp32, bf16"]),
+        ({"training__progressive__new_stack_precision": "fp8"}, ["new_stack_precision='fp8'"]),
+        ({"cache__tier": "disk"}, ["cache.tier='disk'", "device"]),
+        ({"model__d_model": 130}, ["model.d_model=130", "n_heads=4"]),
+        ({"model__n_kv_heads": 3}, ["model.n_heads=4", "n_kv_heads=3"]),
+        ({"model__n_kv_heads": 0}, ["model.n_kv_heads=0", "at least 1"]),
+        ({"model__d_model": 12}, ["model.d_head=3", "even"]),
+        ({"model__positions": "learned", "model__max_positions": 8}, ["model.max_positions=8", "data.seq_len=256"]),
+        ({"model__attention": "bidirectional"}, ["objective.name='clm'", "causal"]),
+        ({"objective__name": "mlm", "objective__rate_min": 0.0, "objective__rate_max": 0.0}, ["objective.rate_max=0"]),
+        ({"objective__rate_min": 0.5}, ["objective.rate_min=0.5", "objective.rate_max=0.15"]),
+        ({"objective__rate_max": 1.5}, ["objective.rate_max=1.5", "between 0 and 1"]),
+        ({"model__dropout": 1.0}, ["model.dropout=1.0", "below 1"]),
+        ({"optimizer__beta2": 1.0}, ["optimizer.beta2=1.0", "below 1"]),
+        ({"seed": -1}, ["seed=-1"]),
+        ({"seed": 2**32}, ["seed=4294967296", "2**32"]),
+        ({"training__mode": "blockwise", "training__block_group": 3}, ["training.block_group=3", "4 blocks"]),
+        ({"training__accumulation_steps": 3}, ["training.batch_size=16", "accumulation_steps=3"]),
+        ({"training__head": "copy"}, ["training.head='copy'", "ties_embedding=True"]),
+        (
+            {"training__head": "copy", "model__ties_embedding": True, "training__mode": "end_to_end"},
+            ["training.head='copy'", "mode that grows"],
+        ),
+        ({"optimizer__warmup_fraction": 0.9}, ["optimizer.warmup_fraction=0.9", "decay_fraction=0.2"]),
+        ({"data__validation_fraction": 0.0}, ["data.validation_fraction=0", "validation_source"]),
+        ({"training__phase_budget": "many"}, ["training.phase_budget='many'", "200 steps"]),
+        ({"training__phase_budget": "0 steps"}, ["training.phase_budget='0 steps'", "at least one step"]),
+        ({"training__embedding_budget": "5 M tokens"}, ["training.embedding_budget='5 M tokens'"]),
+        ({"training__embedding_budget": "-5 steps"}, ["training.embedding_budget='-5 steps'"]),
+    ],
+)
+def test_refusals_name_field_and_value(fields: dict[str, Any], words: list[str]):
+    message = refusal(**fields)
+    for word in words:
+        assert word in message
+
+
+def test_a_tied_table_may_be_copied_when_the_embedding_freezes():
+    assert resolve(edited(training__head="copy", model__ties_embedding=True)).training.head == "copy"
+
+
+def test_head_width_is_free_of_the_model_width_when_it_is_named():
+    config = resolve(edited(model__d_model=30, model__n_heads=4, model__d_head=8))
+    assert config.model.d_head == 8
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [("200 steps", 200), ("1_500 steps", 1500), ("1 step", 1), ("2k steps", 2000), ("1 token", 1), ("1M tokens", 245)],
+)
+def test_budgets_count_updates_rounding_tokens_up(budget: str, steps: int):
+    assert budget_steps(budget, 4096) == steps
+
+
+def test_1200_million_tokens_are_1_2_billion():
+    assert budget_steps("1.2B tokens", 1) == budget_steps("1200M tokens", 1) == 1_200_000_000
+
+
+# What a person, a sweep or a damaged file may put anywhere.
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 5),
+    st.sampled_from([2**31, 2**63, 10**400, -(10**400)]),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=8),
+    st.sampled_from(
+        ["bf16", "mlm", "count", "layernorm", "post", "learned", "end_to_end", "copy", "9" * 400 + " steps"]
+    ),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+def _paths(entries: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    nested = [_paths(value, (*prefix, name)) for name, value in entries.items() if isinstance(value, dict)]
+    return [*((*prefix, name) for name in entries), *(path for paths in nested for path in paths)]
+
+
+PATHS = _paths(dataclasses.asdict(RunConfig()))
+HOSTILE = (None, True, -1, 0, 2**63, 10**400, math.nan, math.inf, -1.5, 1e308, "", "9" * 400 + " steps", "a\nb", [], {})
+
+
+def outcome(entries: dict[str, Any]) -> RunConfig | str:
+    """The resolved config, or what its refusal says; any other exception is the validator's fault."""
+    try:
+        return resolve(entries)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=".".join)
+def test_each_field_takes_a_value_or_refuses_it_in_one_line(path: tuple[str, ...]):
+    for value in HOSTILE:
+        result = outcome(edited(**{"__".join(path): value}))
+        if isinstance(result, str):
+            assert "\n" not in result
+            assert path[-1] in result
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(PATHS), VALUES, st.booleans()), min_size=1, max_size=4))
+def test_any_edit_resolves_or_is_one_line(edits: list[tuple[tuple[str, ...], Any, bool]]):
+    entries = dataclasses.asdict(RunConfig())
+    for path, value, misspelt in edits:
+        section: Any = entries
+        for part in path[:-1]:
+            section = section.get(part, {}) if isinstance(section, dict) else {}
+        if isinstance(section, dict):
+            section[path[-1][::-1] if misspelt else path[-1]] = value
+    result = outcome(entries)
+    if isinstance(result, str):
+        assert result
+        assert "\n" not in result
+    else:
+        assert resolve(json.loads(to_json(result))) == result
+
+
+def test_stored_configs_read_back(tmp_path: Path):
+    config = resolve(edited(name="\u00e9t\u00e9", model__n_kv_heads=2, optimizer__learning_rate=1 / 3))
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config), encoding="utf-8")
+    assert from_json(path) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "3", "{", '{"modle": {}}', '{"seed": NaN}', '{"model": {"d_model": 1e400}}']
+)
+def test_damaged_stored_configs_are_refused(tmp_path: Path, text: str):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        from_json(path)
+
+
+def test_stored_configs_that_are_missing_or_binary_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="not a run folder"):
+        from_json(tmp_path / "config.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        from_json(tmp_path / "binary.json")
+
+
+def test_differences_name_what_forbids_continuing():
+    old = resolve({})
+    assert differences(old, old) == []
+    new = resolve(edited(optimizer__learning_rate=0.5, model__architecture__n_stacks=2))
+    assert differences(old, new) == [
+        "model.architecture.n_stacks=4 (now 2)",
+        "optimizer.learning_rate=0.001 (now 0.5)",
+    ]
+
+
+def test_free_sections_may_differ():
+    new = resolve(edited(logging__every_steps=3, generation__samples=2, checkpoint__keep=5))
+    assert differences(resolve({}), new) == []
+    assert config_lib.FREE_SECTIONS == ("checkpoint", "logging", "generation")
+
+
+def run_main(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stackwise_jax.main", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--config=configs/quickstart.py", "--config.model.d_modle=3"], ["d_modle", "d_model"]),
+        (["--config=configs/quickstat.py"], ["no such file", "quickstart.py"]),
+        (["--config=configs/quickstart.py", "--config.model.n_kv_heads=4"], ["model.n_heads=6", "n_kv_heads=4"]),
+        (["--config=configs/gpt2_small.py:layerwize"], ["layerwize", 'Did you mean "layerwise"']),
+    ],
+    ids=["unknown field", "missing file", "impossible shape", "unknown argument"],
+)
+def test_bad_command_lines_end_with_2_and_one_line(argv: list[str], words: list[str]):
+    done = run_main(*argv, "--print_config")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_the_printed_config_is_the_resolved_one():
+    done = run_main("--config=configs/quickstart.py", "--config.model.n_kv_heads=2", "--print_config")
+    assert done.returncode == 0, done.stderr
+    assert resolve(json.loads(done.stdout)).model.n_kv_heads == 2
