@@ -2,10 +2,11 @@
 
     corpora/<key>/  corpus.json  tokenizer.model  train.tokens  train.documents  validation.tokens  validation.documents
 
-`*.tokens` holds every document as bos, ids, eos, one after another, little endian, and padding up to a whole row; row r
-is tokens `r * seq_len` to `(r + 1) * seq_len`. `*.documents` holds where documents start (uint64), and the end of the
-last. The folder is written under another name and renamed when complete; the digests in `corpus.json` are checked at
-every opening.
+`*.tokens` holds every document as bos, ids, eos, one after another, little endian, and padding up to a whole row of
+`seq_len`. Rows are numbered in an order of their own, a fixed permutation, so that any run of them (a chunk of the
+cache, a bounded corpus, the held-out rows) is a fair sample of the text. `*.documents` holds where documents start
+(uint64), and the end of the last. The folder is written under another name and renamed when complete; the digests in
+`corpus.json` are checked at every opening.
 """
 
 import contextlib
@@ -24,12 +25,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt
 
+from stackwise_jax.data.permutation import permutation
 from stackwise_jax.data.sources import digest_source, iterate_documents
 from stackwise_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import DataConfig, RunConfig
 
 FORMAT_VERSION = 1
+_ORDER_SEED = 20
 SPLITS = ("train", "validation")
 REPORT_SECONDS = 2.0
 _BATCH_CHARS = 2**22
@@ -46,6 +49,7 @@ class Split:
       n_rows, n_tokens: rows that may be drawn, and how many ids in them are no padding.
       text_bytes: UTF-8 bytes of the whole side's text, before any bound on its rows.
       digest: sha256 (hex) of the whole token file.
+      order: place in the file of each row; None: rows are numbered as they lie there.
     """
 
     tokens: UInt[np.ndarray, "rows T"]
@@ -54,6 +58,7 @@ class Split:
     n_tokens: int
     text_bytes: int
     digest: str
+    order: Int64[np.ndarray, "_"] | None = None
 
     @property
     def n_documents(self) -> int:
@@ -82,6 +87,7 @@ class Split:
         if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < self.n_rows:
             raise IndexError(f"row_ids must lie in [0, {self.n_rows}), not {row_ids.min()} to {row_ids.max()}")
         seq_len = self.tokens.shape[1]
+        row_ids = row_ids if self.order is None else self.order[row_ids]
         row_starts = row_ids.astype(np.int64)[:, None] * seq_len
         places = row_starts + np.arange(seq_len)[None, :]  # of the token file
         is_text = places < self.documents[-1]
@@ -196,6 +202,7 @@ def _open_split(directory: Path, name: str, manifest: dict[str, Any]) -> Split:
         n_tokens=counts["n_tokens"],
         text_bytes=counts["text_bytes"],
         digest=manifest["sha256"][tokens.name],
+        order=permutation(counts["n_rows"], _ORDER_SEED),
     )
 
 

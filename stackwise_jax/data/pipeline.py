@@ -5,14 +5,14 @@ and the position in the stream alone; the iterator's state is the position.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import grain
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int
 
 from stackwise_jax.data.corpus import Split
+from stackwise_jax.data.permutation import permutation
 from stackwise_jax.errors import UserError
 from stackwise_jax.types import Batch
 
@@ -74,24 +74,13 @@ def make_batches(
     def read(index: int, _: int) -> Batch:
         chunk_visit, batch_in_chunk = divmod(index, batches_per_chunk)
         epoch, chunk_in_epoch = divmod(chunk_visit, layout.n_chunks)
-        chunk = _permutation(layout.n_chunks, seed, _CHUNKS, epoch)[chunk_in_epoch]
-        places = _permutation(layout.rows_per_chunk, seed, _ROWS, chunk_visit)
+        chunk = permutation(layout.n_chunks, seed, _CHUNKS, epoch)[chunk_in_epoch]
+        places = permutation(layout.rows_per_chunk, seed, _ROWS, chunk_visit)
         places = places[batch_in_chunk * batch_size : (batch_in_chunk + 1) * batch_size]
         return _read_batch(split, chunk * layout.rows_per_chunk + places, epoch, isolate_documents)
 
     batches = grain.MapDataset.range(batches_per_epoch).repeat().map_with_index(read)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
-
-
-@functools.lru_cache(maxsize=4)  # the batches of one chunk and epoch, and the next that is read ahead
-def _permutation(n: int, seed: int, stream: int, repetition: int) -> Int64[np.ndarray, "_"]:
-    """An order of 0 .. n - 1 that is a function of the arguments.
-
-    Sorted raw words, because NumPy promises those for good and the shuffles of its `Generator` only for one version;
-    Grain's own `shuffle` needs 0.1 to 1 ms an index when a range is as short as a chunk.
-    """
-    entropy = np.random.SeedSequence([seed, stream, repetition])
-    return np.argsort(np.random.Philox(entropy).random_raw(n), kind="stable")
 
 
 def validation_batches(split: Split, *, batch_size: int, rows: int, isolate_documents: bool) -> Iterator[Batch]:

@@ -231,9 +231,10 @@ def _until(row: Int[np.ndarray, "n"], eos_id: int | None) -> Int[np.ndarray, "_"
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, "_"]:
     try:
-        return np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
+        prompt.encode()
     except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
         raise UserError(f"prompt {prompt!r} is not Unicode text; give it in UTF-8") from None
+    return np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
 
 
 def _not_causal(field: str) -> str:

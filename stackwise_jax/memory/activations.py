@@ -123,10 +123,10 @@ class ActivationCache:
         if self.fingerprint is None:
             raise RuntimeError("the cache is empty or in the middle of an advance; it must not be read")
         row_ids = np.asarray(batch.row_ids)
-        variant = int(np.asarray(batch.visits)[0]) % self._variants
-        chunk = int(row_ids[0]) // self._rows_per_chunk
-        if np.any(row_ids // self._rows_per_chunk != chunk):
-            raise ValueError("the rows of a batch must lie in one chunk of the cache")
+        variants = np.asarray(batch.visits) % self._variants
+        variant, chunk = int(variants[0]), int(row_ids[0]) // self._rows_per_chunk
+        if np.any(row_ids // self._rows_per_chunk != chunk) or np.any(variants != variant):
+            raise ValueError("the rows of a batch must lie in one chunk and one variant of the cache")
         values = self._store.read(variant * self._chunks_per_variant + chunk)
         return _gather(values, (row_ids % self._rows_per_chunk).astype(np.int32))
 

@@ -104,6 +104,7 @@ def head_table(model: ModelConfig, *, tied: bool) -> Table:
 
 
 def is_weight(node: Any) -> bool:
+    """Says that a node of a table is a leaf."""
     return isinstance(node, Weight)
 
 

@@ -165,8 +165,8 @@ def test_weight_n_over_m_is_unbiased_detects(count_of: Any, weight_of: Any):
 def exact_mean_by_rate(rate: Fraction, weight: Fraction) -> Fraction:
     """E of weight * (sum over M(r)), all masks of the five places enumerated with the library's own rule.
 
-    Scores on a grid of `cells` midpoints are equally likely, so the mean over them is the integral where r is a multiple
-    of 1 / cells; places are independent, so one place's share is enough for each.
+    Scores on a grid of `cells` midpoints are equally likely, so the mean over them is the integral where r is a
+    multiple of 1 / cells; places are independent, so one place's share is enough for each.
     """
     cells = 20
     scores = (np.arange(cells, dtype=np.float32)[:, None] + np.float32(0.5)) / cells

@@ -1,0 +1,27 @@
+"""`python -m stackwise_jax.bench NAME [--flags]`: measures one claim on this machine and prints the figures.
+
+Names: depth (what a layer-wise step costs at depth k against depth 2).
+"""
+
+import sys
+
+from stackwise_jax.bench import depth
+from stackwise_jax.command import run_command
+from stackwise_jax.errors import UserError, did_you_mean, one_line_errors
+
+BENCHMARKS = {"depth": depth}
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark that the first argument names."""
+    with one_line_errors():
+        if len(argv) < 2 or argv[1].startswith("-"):
+            raise UserError(f"name a benchmark: python -m stackwise_jax.bench {'|'.join(BENCHMARKS)}")
+        if argv[1] not in BENCHMARKS:
+            raise UserError(f"there is no benchmark {argv[1]!r}.{did_you_mean(argv[1], BENCHMARKS)}")
+    benchmark = BENCHMARKS[argv[1]]
+    run_command(benchmark.main, benchmark.make_options(), benchmark.__doc__ or "", [argv[0], *argv[2:]])
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,148 @@
+"""Trains a run and says what came out: held-out losses, baselines on the same tokens, samples, and what to do next.
+
+What it prints beyond training is a function of the run folder, so a finished run prints it again without training.
+"""
+
+import dataclasses
+import math
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, Integer
+
+from stackwise_jax import config as config_lib
+from stackwise_jax.data.corpus import Corpus, Split, prepare_corpus
+from stackwise_jax.data.pipeline import validation_batches
+from stackwise_jax.evals.ngram import bigram_loss, unigram_loss
+from stackwise_jax.generate.autoregressive import continue_texts, printable
+from stackwise_jax.schema import ArchitectureConfig, RunConfig
+from stackwise_jax.train import loop
+from stackwise_jax.train.plan import make_plan
+
+CONTROL_FOLDER = "control_one_block"
+Rows = list[tuple[str, float, float | None]]
+"""Lines of the table: what, nats per token, bits per byte or None."""
+
+
+def train_and_report(config: RunConfig, workdir: Path) -> None:
+    """Trains a run to its end, or continues it, and prints its report.
+
+    Raises:
+      UserError: see `prepare_corpus` and `loop.run`.
+    """
+    corpus = prepare_corpus(config, report=lambda line: print(line, file=sys.stderr, flush=True))
+    result = loop.run(config, corpus, workdir)
+    rows = _held_out_rows(result.held_out)
+    if config.evaluation.ngrams:
+        rows += ngram_rows(config, corpus)
+    if config.evaluation.one_block_control and config.training.mode != "end_to_end":
+        control = control_config(config, result.plan.flops)
+        print("the control: one block, end to end, at equal FLOPs", file=sys.stderr, flush=True)
+        control_result = loop.run(control, corpus, workdir / CONTROL_FOLDER, say=lambda _: None)
+        label = f"control: one block end to end, {control.training.phase_budget}"
+        rows += [(label, nats, bits) for _, nats, bits in _held_out_rows(control_result.held_out)]
+    print()
+    print(table(config, rows))
+    if config.generation.samples and config.objective.name == "clm":
+        print_samples(config, corpus, result)
+    folder = shlex.quote(str(workdir))
+    print()
+    if config.objective.name == "clm":
+        print(f'more text:     python -m stackwise_jax.generate --workdir={folder} --prompt="..."')
+    print(f"more numbers:  python -m stackwise_jax.evaluate --workdir={folder}")
+    print(f"run folder:    {workdir}")
+
+
+def control_config(config: RunConfig, flops: float) -> RunConfig:
+    """The same model with one block, trained end to end for as many steps as `flops` allow; at least one."""
+    training, model = config.training, config.model
+    progressive = dataclasses.replace(training.progressive, enabled=False, cache_activations=None)
+    control = dataclasses.replace(
+        config,
+        name=f"{config.name}_control",
+        model=dataclasses.replace(model, architecture=ArchitectureConfig(n_stacks=1, blocks_per_stack=1)),
+        training=dataclasses.replace(
+            training,
+            mode="end_to_end",
+            head="live",  # nothing is settled before the end, so nothing can be frozen or copied then
+            phase_budget="1 steps",
+            progressive=progressive,
+        ),
+        evaluation=dataclasses.replace(config.evaluation, every_steps=None, ngrams=False, one_block_control=False),
+        generation=dataclasses.replace(config.generation, samples=0),
+    )
+    control = config_lib.resolve(dataclasses.asdict(control))
+    steps = max(1, round(flops / make_plan(control, None).flops))
+    return dataclasses.replace(control, training=dataclasses.replace(control.training, phase_budget=f"{steps} steps"))
+
+
+def ngram_rows(config: RunConfig, corpus: Corpus) -> Rows:
+    """Baselines on the tokens that the model is scored on; for masked places a bigram has nothing to read."""
+    is_causal = config.objective.name == "clm"
+    ids, starts = training_tokens(corpus.train, isolate_documents=config.data.isolate_documents)
+    inputs, targets, weights = scored_tokens(config, corpus)
+    vocab = corpus.tokenizer.vocab_size
+    scores = {"unigram": unigram_loss(ids, targets, weights, vocab)}
+    if is_causal:
+        nats, smoothing = bigram_loss(ids, starts, inputs, targets, weights, vocab)
+        scores[f"bigram, add {smoothing:g} (best)"] = nats
+    n_bytes = int(corpus.tokenizer.piece_bytes[targets[weights > 0]].sum())
+    bits = float(weights.sum()) / math.log(2) / max(n_bytes, 1)  # per byte, of one nat a token
+    return [(name, nats, nats * bits if is_causal else None) for name, nats in scores.items()]
+
+
+def scored_tokens(
+    config: RunConfig, corpus: Corpus
+) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"], Float[np.ndarray, "m"]]:
+    """(inputs, targets, weights) of the held-out rows that training measures, place by place."""
+    program = loop.make_program(config, corpus, corpus.train.n_rows)
+    batches = validation_batches(
+        corpus.validation,
+        batch_size=config.training.batch_size,
+        rows=config.evaluation.rows,
+        isolate_documents=config.data.isolate_documents,
+    )
+    corrupt = jax.jit(program.corrupt)
+    examples = [corrupt(program.mask_key, batch) for batch in batches]
+
+    def join(field: str) -> np.ndarray:
+        return np.concatenate([np.asarray(getattr(example, field)).reshape(-1) for example in examples])
+
+    return join("inputs"), join("targets"), join("weights")
+
+
+def training_tokens(
+    split: Split, *, isolate_documents: bool
+) -> tuple[Integer[np.ndarray, "n"], Integer[np.ndarray, "_"]]:
+    """Every training token that a run may see, and where contexts end: at documents, if attention ends there."""
+    ids = split.tokens.reshape(-1)[: split.n_tokens]
+    return ids, split.documents[:-1] if isolate_documents else split.documents[:1]
+
+
+def table(config: RunConfig, rows: Rows) -> str:
+    """The held-out table as text; masked cross-entropy has no bits per byte."""
+    is_causal = config.objective.name == "clm"
+    title = "held-out" if is_causal else "held-out masked cross-entropy"
+    width = max(len(title), *(len(name) for name, _, _ in rows))
+    lines = [f"{title:<{width}}  nats per token" + ("  bits per byte" if is_causal else "")]
+    for name, nats, bits in rows:
+        lines.append(f"{name:<{width}}  {nats:14.4f}" + ("" if bits is None else f"  {bits:13.4f}"))
+    return "\n".join(lines)
+
+
+def print_samples(config: RunConfig, corpus: Corpus, result: loop.Result) -> None:
+    """Prints `config.generation.samples` continuations of the config's prompt."""
+    prompt = config.generation.prompt
+    prompts = [prompt] * config.generation.samples
+    texts = continue_texts(result.rack, config, corpus.tokenizer, prompts, seed=config.seed)
+    for number, text in enumerate(texts, start=1):
+        print(f"\n--- sample {number} of {len(texts)}, prompt {prompt!r}")
+        print(printable(prompt + text))
+
+
+def _held_out_rows(held_out: Mapping[str, Mapping[str, float]]) -> Rows:
+    return [(phase, figures["loss"], figures.get("bits_per_byte")) for phase, figures in held_out.items()]

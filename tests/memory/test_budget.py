@@ -1,0 +1,127 @@
+"""Costs against arithmetic done by hand."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from stackwise_jax.config import resolve
+from stackwise_jax.memory import budget
+from stackwise_jax.memory.precision import DTYPES, item_bytes, to_storage
+from stackwise_jax.models import families
+from stackwise_jax.schema import ModelConfig, RunConfig
+
+
+def config_of(model: dict[str, Any], **sections: Any) -> RunConfig:
+    return resolve({"model": model, **sections})
+
+
+LLAMA_70B = config_of(families.llama("70b"), data={"seq_len": 4096}).model
+TINY: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+
+
+def test_one_block_of_the_70b_shape():
+    d, kv, hidden = 8192, 8 * 128, 28672
+    by_hand = 2 * d * d + 2 * d * kv + 3 * d * hidden + 2 * d
+    assert budget.block_parameters(LLAMA_70B) == by_hand == 855_654_400
+    without_attention = budget.block_forward_flops(LLAMA_70B, 0)
+    assert without_attention == 2 * (by_hand - 2 * d)  # norms are no matmul
+    assert 3 * without_attention == pytest.approx(5.13e9, rel=1e-3)
+    # Scores and mixing: 2 * 2 * 8192 for each of half of 4096 places.
+    assert budget.block_forward_flops(LLAMA_70B, 4096) - without_attention == 4 * 8192 * 2048
+
+
+def test_bidirectional_attention_costs_the_whole_square():
+    both = dataclasses.replace(LLAMA_70B, attention="bidirectional")
+    linear = budget.block_forward_flops(LLAMA_70B, 0)
+    causal, full = budget.block_forward_flops(LLAMA_70B, 4096), budget.block_forward_flops(both, 4096)
+    assert full - linear == 2 * (causal - linear)
+
+
+@pytest.mark.parametrize(
+    ("fields", "matrices"),
+    [
+        ({}, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48),
+        ({"ffn": "gelu"}, 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32 * 48),
+        ({"use_bias": True, "norm": "layernorm"}, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48),
+        ({"d_head": 16}, 2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48),
+    ],
+)
+def test_forward_flops_count_matrices_only(fields: dict[str, Any], matrices: int):
+    model = config_of({**TINY, **fields}).model
+    assert budget.block_forward_flops(model, 0) == 2 * matrices
+
+
+def step_flops(model: ModelConfig, live: int, passed: int, trunk: int, *, table_is_live: bool) -> float:
+    return budget.step_flops_per_token(
+        model, 0, live_blocks=live, passed_blocks=passed, trunk_blocks=trunk, table_is_live=table_is_live
+    )
+
+
+def test_a_step_costs_three_two_or_one_forward():
+    model = config_of(TINY).model
+    block, head = budget.block_forward_flops(model, 0), 2.0 * 32 * 64
+    assert step_flops(model, 0, 0, 0, table_is_live=True) == 3 * head
+    assert step_flops(model, 0, 0, 0, table_is_live=False) == 2 * head
+    assert step_flops(model, 2, 3, 5, table_is_live=False) == (6 + 6 + 5) * block + 2 * head
+
+
+@pytest.mark.parametrize(("cache", "item"), [("fp32", 4), ("bf16", 2)])
+def test_cache_bytes(cache: str, item: int):
+    config = config_of(TINY, data={"seq_len": 16}, precision={"cache": cache})
+    assert budget.cache_bytes(config, 10, 3) == 10 * 3 * 16 * 32 * item
+    assert budget.row_bytes(config, 3) == 3 * 16 * 32 * item
+
+
+def test_a_70b_token_takes_16_kib_in_bf16():
+    config = config_of(families.llama("70b"), data={"seq_len": 4096}, precision={"cache": "bf16"})
+    assert budget.row_bytes(config, 1) == 4096 * 16 * 1024
+
+
+def test_device_bytes_of_a_phase():
+    config = config_of(TINY, data={"seq_len": 16}, precision={"trunk": "bf16"}, training={"batch_size": 4})
+    need = budget.phase_device_bytes(config, live=1000, frozen=300, live_blocks=1, cached_rows=8, variants=2)
+    assert (need.live_weights, need.optimizer, need.gradients) == (4000, 8000, 4000)
+    assert need.frozen == 600
+    assert need.cache == budget.cache_bytes(config, 8, 2)
+    assert need.total == 4000 + 8000 + 4000 + 600 + need.cache + need.activations
+
+
+@pytest.mark.parametrize(
+    ("remat", "per_token"),
+    [
+        ("none", 6 * 32 + (4 + 2 * 2) * 8 + 4 * 48),
+        ("dots", 3 * 32 + (4 + 2 * 2) * 8 + 3 * 48),
+        ("full", 32),
+    ],
+)
+def test_kept_activations_follow_remat(remat: str, per_token: int):
+    training = {"batch_size": 4, "accumulation_steps": 2, "remat": remat, "loss_chunk_tokens": 8}
+    config = config_of(TINY, data={"seq_len": 16}, training=training)
+    need = budget.phase_device_bytes(config, live=0, frozen=0, live_blocks=3, cached_rows=0, variants=1)
+    tokens = 2 * 16
+    assert need.activations == tokens * 4 * (3 * per_token + 2 * 32) + 8 * 8 * 64
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (64 * 2**30, "64.0 GiB"), (5 * 2**40, "5.0 TiB")],
+)
+def test_bytes_for_people(count: int, text: str):
+    assert budget.readable_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999"), (1000, "1.00k"), (68_976_648_192, "68.98B"), (2_560_000, "2.56M"), (3.2e18, "3200.00Q")],
+)
+def test_counts_for_people(count: float, text: str):
+    assert budget.readable_count(count) == text
+
+
+def test_storage_casts_every_array():
+    stored = to_storage({"mlp": {"up": jnp.ones((2, 2))}, "scale": jnp.full(2, 1 + 2**-10)}, "bf16")
+    assert stored["mlp"]["up"].dtype == stored["scale"].dtype == jnp.bfloat16
+    assert float(stored["scale"][0]) == 1.0  # rounded, as a trunk's numbers are
+    assert {name: item_bytes(name) for name in DTYPES} == {"fp32": 4, "bf16": 2}

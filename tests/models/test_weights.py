@@ -1,0 +1,135 @@
+"""Tables of weights against the parameters drawn from them, and the sizes of the public families."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stackwise_jax import config as config_lib
+from stackwise_jax.errors import UserError
+from stackwise_jax.models import families, weights
+from stackwise_jax.models.rack import count_parameters, init_rack
+from stackwise_jax.schema import ModelConfig
+
+
+def resolved(fields: dict[str, Any]) -> ModelConfig:
+    """The way a config file takes a family over."""
+    config = config_lib.default()
+    config.model.update(fields)
+    config.data.seq_len = 16
+    if fields.get("attention") == "bidirectional":
+        config.objective.name = "mlm"
+    return config_lib.resolve(config).model
+
+
+# Parameters by the formulas of the publications, in code that shares nothing with the package; None: only resolved.
+def bert_parameters(blocks: int, d: int, vocabulary: int = 30522, positions: int = 512) -> int:
+    block = 4 * (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d) + 4 * d
+    return (vocabulary + positions) * d + 2 * d + blocks * block
+
+
+def gpt2_parameters(blocks: int, d: int) -> int:
+    return (50257 + 1024) * d + blocks * (12 * d * d + 13 * d) + 2 * d
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "parameters"),
+    [
+        # The publications count token-type embeddings (2 d) and the pooler (d * d + d) besides.
+        (families.bert, "tiny", 4_385_920 - 2 * 128 - (128 * 128 + 128)),
+        (families.bert, "mini", bert_parameters(4, 256)),
+        (families.bert, "small", bert_parameters(4, 512)),
+        (families.bert, "medium", bert_parameters(8, 512)),
+        (families.bert, "base", 109_482_240 - 2 * 768 - (768 * 768 + 768)),
+        (families.bert, "large", 335_141_888 - 2 * 1024 - (1024 * 1024 + 1024)),
+        (families.gpt2, "nano", gpt2_parameters(3, 48)),
+        (families.gpt2, "small", 124_439_808),
+        (families.gpt2, "medium", 354_823_168),
+        (families.gpt2, "large", 774_030_080),
+        (families.gpt2, "xl", 1_557_611_200),
+        (families.llama, "tiny", 2 * 32000 * 288 + 6 * (4 * 288 * 288 + 3 * 288 * 768 + 2 * 288) + 288),
+        (families.llama, "7b", 6_738_415_616),
+        (families.llama, "8b", 8_030_261_248),
+        (families.llama, "13b", 13_015_864_320),
+        (families.llama, "70b", 68_976_648_192),
+    ],
+)
+def test_families_have_the_published_parameters(family: Callable[[str], Any], size: str, parameters: int):
+    model = resolved(family(size))
+    assert count_parameters(model) == parameters
+    assert model.architecture.blocks_per_stack == 1
+
+
+def test_families_list_their_sizes():
+    assert list(families.BERT_SIZES) == ["tiny", "mini", "small", "medium", "base", "large"]
+    assert list(families.GPT2_SIZES) == ["nano", "small", "medium", "large", "xl"]
+    assert list(families.LLAMA_SIZES) == ["tiny", "7b", "8b", "13b", "70b"]
+
+
+@pytest.mark.parametrize("family", [families.bert, families.gpt2, families.llama])
+def test_unknown_sizes_are_refused(family: Callable[[str], Any]):
+    with pytest.raises(UserError, match="must be one of: "):
+        family("huge")
+
+
+def test_unknown_sizes_are_refused_with_a_hint():
+    with pytest.raises(UserError, match='Did you mean "medium"'):
+        families.gpt2("meduim")
+
+
+SMALL = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+VARIANTS: list[dict[str, Any]] = [
+    SMALL,
+    {**SMALL, "norm": "layernorm", "ffn": "gelu", "positions": "learned", "use_bias": True, "ties_embedding": True},
+    {**SMALL, "norm_position": "post", "embedding_norm": True, "ties_embedding": True, "ffn": "geglu"},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_what_is_drawn_is_what_the_table_says(fields: dict[str, Any]):
+    model = resolved(fields)
+    rack = jax.eval_shape(lambda: init_rack(jax.random.key(0), model, (1, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(rack)) == count_parameters(model)
+    own = jax.tree.map(lambda leaf: leaf.shape[1:], rack["stacks"][1], is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    table = jax.tree.map(lambda w: w.shape, weights.block_table(model), is_leaf=weights.is_weight)
+    assert own == table
+    for weight in jax.tree.leaves(weights.block_table(model), is_leaf=weights.is_weight):
+        assert len(weight.axes) == len(weight.shape)
+
+
+def test_initial_values_follow_the_table():
+    table = {
+        "scale": weights.Weight((64,), ("D",), "ones"),
+        "bias": weights.Weight((64,), ("D",), "zeros"),
+        "kernel": weights.Weight((64, 64), ("D", "F"), std=0.5),
+    }
+    drawn = weights.init_weights(jax.random.key(0), table)
+    np.testing.assert_array_equal(drawn["scale"], 1.0)
+    np.testing.assert_array_equal(drawn["bias"], 0.0)
+    assert float(jnp.std(drawn["kernel"])) == pytest.approx(0.5, rel=0.05)
+    assert abs(float(jnp.mean(drawn["kernel"]))) < 0.05
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(drawn))
+
+
+def test_a_weight_is_drawn_from_its_own_name():
+    kernel = weights.Weight((4, 4), ("D", "F"), std=1.0)
+    alone = weights.init_weights(jax.random.key(0), {"b": {"kernel": kernel}})
+    beside = weights.init_weights(jax.random.key(0), {"a": {"kernel": kernel}, "b": {"kernel": kernel}})
+    np.testing.assert_array_equal(alone["b"]["kernel"], beside["b"]["kernel"])
+    assert not np.array_equal(beside["a"]["kernel"], beside["b"]["kernel"])
+
+
+def test_maps_onto_the_residual_stream_start_smaller():
+    table = weights.block_table(resolved({**SMALL, "architecture": {"n_stacks": 4, "blocks_per_stack": 2}}))
+    assert table["mlp"]["up"]["kernel"].std == 0.02
+    assert table["mlp"]["down"]["kernel"].std == pytest.approx(0.02 / 4)
+    assert table["attention"]["output"]["kernel"].std == pytest.approx(0.02 / 4)
+
+
+def test_a_tied_post_norm_head_is_empty():
+    model = resolved({**SMALL, "norm_position": "post", "ties_embedding": True})
+    assert weights.head_table(model, tied=True) == {}
+    assert set(weights.head_table(model, tied=False)) == {"table"}
