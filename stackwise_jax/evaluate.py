@@ -106,7 +106,7 @@ def _packed(
     tokens: Int32[np.ndarray, "n"], starts: set[int], pad_id: int, data: DataConfig, batch_size: int, first_row: int
 ) -> Batch:
     """One batch of consecutive `tokens`, in which documents start at `starts`, and padding after them."""
-    filled = np.full(batch_size * data.seq_len, pad_id, np.int32)
+    filled = np.full(batch_size * data.seq_len, pad_id, np.uint32)
     filled[: len(tokens)] = tokens
     split = Split(
         tokens=filled.reshape(batch_size, data.seq_len),

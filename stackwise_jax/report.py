@@ -7,23 +7,24 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 
 from stackwise_jax import config as config_lib
 from stackwise_jax.data.corpus import Corpus, Split, prepare_corpus
 from stackwise_jax.data.pipeline import validation_batches
-from stackwise_jax.evals.ngram import bigram_loss, unigram_loss
+from stackwise_jax.evals.ngram import Pairs, ngram_scores
 from stackwise_jax.generate.autoregressive import continue_texts, printable
 from stackwise_jax.schema import ArchitectureConfig, RunConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.plan import make_plan
 
 CONTROL_FOLDER = "control_one_block"
+PIECE_ROWS = 4096
 Rows = list[tuple[str, float, float | None]]
 """Lines of the table: what, nats per token, bits per byte or None."""
 
@@ -83,16 +84,15 @@ def control_config(config: RunConfig, flops: float) -> RunConfig:
 def ngram_rows(config: RunConfig, corpus: Corpus) -> Rows:
     """Baselines on the tokens that the model is scored on; for masked places a bigram has nothing to read."""
     is_causal = config.objective.name == "clm"
-    ids, starts = training_tokens(corpus.train, isolate_documents=config.data.isolate_documents)
     inputs, targets, weights = scored_tokens(config, corpus)
-    vocab = corpus.tokenizer.vocab_size
-    scores = {"unigram": unigram_loss(ids, targets, weights, vocab)}
-    if is_causal:
-        nats, smoothing = bigram_loss(ids, starts, inputs, targets, weights, vocab)
-        scores[f"bigram, add {smoothing:g} (best)"] = nats
+    training = training_pairs(corpus.train, isolate_documents=config.data.isolate_documents)
+    scores = ngram_scores(training, inputs, targets, weights, corpus.tokenizer.vocab_size)
+    if not is_causal:
+        return [("unigram", scores.unigram, None)]
     n_bytes = int(corpus.tokenizer.piece_bytes[targets[weights > 0]].sum())
     bits = float(weights.sum()) / math.log(2) / max(n_bytes, 1)  # per byte, of one nat a token
-    return [(name, nats, nats * bits if is_causal else None) for name, nats in scores.items()]
+    named = {"unigram": scores.unigram, f"bigram, add {scores.smoothing:g} (best)": scores.bigram}
+    return [(name, nats, nats * bits) for name, nats in named.items()]
 
 
 def scored_tokens(
@@ -115,12 +115,13 @@ def scored_tokens(
     return join("inputs"), join("targets"), join("weights")
 
 
-def training_tokens(
-    split: Split, *, isolate_documents: bool
-) -> tuple[Integer[np.ndarray, "n"], Integer[np.ndarray, "_"]]:
-    """Every training token that a run may see, and where contexts end: at documents, if attention ends there."""
-    ids = split.tokens.reshape(-1)[: split.n_tokens]
-    return ids, split.documents[:-1] if isolate_documents else split.documents[:1]
+def training_pairs(split: Split, *, isolate_documents: bool) -> Iterator[Pairs]:
+    """Every pair of neighbours that a causal run may train on, some thousand rows at a time."""
+    for begin in range(0, split.n_rows, PIECE_ROWS):
+        row_ids = np.arange(begin, min(begin + PIECE_ROWS, split.n_rows))
+        tokens, segments, _ = split.rows(row_ids, isolate_documents=isolate_documents)
+        is_pair = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        yield tokens[:, :-1][is_pair], tokens[:, 1:][is_pair]
 
 
 def table(config: RunConfig, rows: Rows) -> str:

@@ -32,7 +32,7 @@ from stackwise_jax.train.state import Frozen, part_shape
 FORMAT = 1
 
 
-class DamagedError(RuntimeError):
+class DamagedError(UserError):
     """A checkpoint folder that cannot be trusted; the message names it and the reason."""
 
 

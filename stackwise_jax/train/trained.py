@@ -50,13 +50,10 @@ def load_trained(workdir: Path, *, n_stacks: int | None = None) -> Trained:
     folder = checkpoint.latest_step(workdir)
     if folder is None:
         raise UserError(f"{workdir} holds no checkpoint yet; the first is written when its first phase ends")
-    try:
-        meta = checkpoint.read_meta(folder)
-        rack = _assemble(workdir, folder, config, meta)
-        if n_stacks is not None and n_stacks != len(rack["stacks"]):
-            rack = _cut(workdir, config, meta, rack, n_stacks)
-    except checkpoint.DamagedError as error:
-        raise UserError(str(error)) from None
+    meta = checkpoint.read_meta(folder)
+    rack = _assemble(workdir, folder, config, meta)
+    if n_stacks is not None and n_stacks != len(rack["stacks"]):
+        rack = _cut(workdir, config, meta, rack, n_stacks)
     finished = meta["position"]["phase"] == len(make_curriculum(config))
     return Trained(config, load_tokenizer(workdir / "tokenizer.model"), rack, meta["step"], finished)
 

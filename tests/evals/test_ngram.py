@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,11 +20,16 @@ scored = st.lists(st.tuples(tokens, tokens, st.sampled_from([0.0, 1.0, 2.5])), m
 )
 
 
-def arrays(documents: list[list[int]], triples: list[tuple[int, int, float]]) -> tuple[np.ndarray, ...]:
-    ids = np.array([i for document in documents for i in document], np.uint16)
-    starts = np.cumsum([0, *map(len, documents[:-1])])
+def scores_of(documents: list[list[int]], triples: list[tuple[int, int, float]], piece: int = 99) -> ngram.NgramScores:
+    """Scores with training pairs in pieces of `piece` documents."""
+
+    def training() -> Iterator[ngram.Pairs]:
+        for own in itertools.batched(documents, piece):
+            pairs = np.array([pair for document in own for pair in itertools.pairwise(document)], np.uint16)
+            yield tuple(pairs.reshape(-1, 2).T)
+
     inputs, targets, weights = (np.array(column) for column in zip(*triples, strict=True))
-    return ids, starts, inputs, targets, weights.astype(np.float32)
+    return ngram.ngram_scores(training(), inputs, targets, weights.astype(np.float32), VOCAB)
 
 
 def naive_bigram(documents: list[list[int]], triples: list[tuple[int, int, float]], k: float) -> float:
@@ -37,11 +43,9 @@ def naive_bigram(documents: list[list[int]], triples: list[tuple[int, int, float
 
 @settings(max_examples=60, deadline=None)
 @given(training, scored, st.integers(1, 5))
-def test_scores_are_those_of_loops_whatever_the_piece(documents, triples, piece):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngram, "PIECE_TOKENS", piece)
-        scores = ngram.ngram_scores(*arrays(documents, triples), VOCAB)
-    counts = Counter(i for document in documents for i in document)
+def test_scores_are_those_of_loops_whatever_the_pieces(documents, triples, piece):
+    scores = scores_of(documents, triples, piece)
+    counts = Counter(i for document in documents for i in document[1:])  # what is predicted in training
     n, weight = sum(counts.values()), sum(w for _, _, w in triples)
     unigram = sum(w * -math.log((counts[b] + 1) / (n + VOCAB)) for _, b, w in triples) / weight
     assert scores.unigram == pytest.approx(unigram)
@@ -50,12 +54,10 @@ def test_scores_are_those_of_loops_whatever_the_piece(documents, triples, piece)
     assert by_smoothing[scores.smoothing] == pytest.approx(scores.bigram)
 
 
-def test_pairs_across_documents_do_not_count():
+def test_a_pair_that_never_occurred_costs_what_smoothing_says():
     triples = [(1, 2, 1.0)]
-    apart, joined = [[0, 1], [2, 0]], [[0, 1, 2, 0]]
-    loss_apart, loss_joined = (ngram.bigram_loss(*arrays(d, triples), VOCAB)[0] for d in (apart, joined))
-    assert loss_apart == pytest.approx(math.log(VOCAB))  # 1 was never followed by anything
-    assert loss_joined < 0.1
+    assert scores_of([[0, 1], [2, 0]], triples).bigram == pytest.approx(math.log(VOCAB))  # nothing ever followed 1
+    assert scores_of([[0, 1, 2, 0]], triples).bigram < 0.1
 
 
 def test_a_language_of_pairs_is_learnt():
@@ -65,6 +67,6 @@ def test_a_language_of_pairs_is_learnt():
     for _ in range(500):
         chain.append(int(successors[chain[-1]]))
     triples = [(a, b, 1.0) for a, b in itertools.pairwise(chain[:51])]
-    scores = ngram.ngram_scores(*arrays([chain], triples), VOCAB)
+    scores = scores_of([chain], triples)
     assert scores.bigram < 0.01 < 0.1 < scores.unigram
     assert scores.smoothing == min(ngram.SMOOTHINGS)

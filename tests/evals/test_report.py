@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stackwise_jax import report
-from stackwise_jax.data.corpus import Corpus
+from stackwise_jax.data.corpus import Corpus, Split
 from stackwise_jax.train import loop
 from stackwise_jax.train.plan import make_plan
 
@@ -25,24 +25,43 @@ def test_the_control_is_one_block_at_equal_flops(tiny: Any):
     assert report.control_config(config, 1.0).training.phase_budget == "1 steps"
 
 
+def naive_pairs(split: Split, n_rows: int, *, isolate: bool, bos: int) -> list[tuple[int, int]]:
+    """Neighbours in the first rows; a document starts with bos and nowhere else is one."""
+    tokens, segments, _ = split.rows(np.arange(n_rows), isolate_documents=isolate)
+    return [
+        (row[place], row[place + 1])
+        for row, alive in zip(tokens.tolist(), (segments > 0).tolist(), strict=True)
+        for place in range(len(row) - 1)
+        if alive[place + 1] and not (isolate and row[place + 1] == bos)
+    ]
+
+
 @pytest.mark.parametrize("isolate", [True, False])
-def test_scored_tokens_are_those_that_training_measures(isolate: bool, tiny: Any, tiny_corpus: Corpus, tmp_path: Path):
-    config = tiny(model__architecture__n_stacks=1, data__isolate_documents=isolate)
-    inputs, targets, weights = report.scored_tokens(config, tiny_corpus)
-    rows = np.asarray(tiny_corpus.validation.tokens[:16]).astype(int)
-    np.testing.assert_array_equal(inputs.reshape(16, -1), rows)
-    is_pair = np.ones((16, 31), bool) if not isolate else rows[:, 1:] != tiny_corpus.tokenizer.bos_id
-    np.testing.assert_array_equal(weights.reshape(16, -1)[:, :-1], is_pair)
-    np.testing.assert_array_equal(targets.reshape(16, -1)[:, :-1][is_pair], rows[:, 1:][is_pair])
+def test_baselines_count_and_score_what_the_model_does(isolate: bool, tiny: Any, tiny_corpus: Corpus):
+    bos = tiny_corpus.tokenizer.bos_id
+    inputs, targets, weights = report.scored_tokens(tiny(data__isolate_documents=isolate), tiny_corpus)
+    scored = list(zip(inputs[weights > 0].tolist(), targets[weights > 0].tolist(), strict=True))
+    assert scored == naive_pairs(tiny_corpus.validation, 16, isolate=isolate, bos=bos)
+    train = tiny_corpus.train.first(300)
+    counted = [
+        pair
+        for first, second in report.training_pairs(train, isolate_documents=isolate)
+        for pair in zip(first.tolist(), second.tolist(), strict=True)
+    ]
+    assert counted == naive_pairs(train, 300, isolate=isolate, bos=bos)
+    assert any(after == bos for _, after in counted) == (not isolate)
 
 
-def test_training_tokens_leave_out_padding_and_know_their_documents(tiny_corpus: Corpus):
-    ids, starts = report.training_tokens(tiny_corpus.train, isolate_documents=True)
-    assert len(ids) == tiny_corpus.train.documents[-1]
-    assert set(np.asarray(ids)[starts].tolist()) == {tiny_corpus.tokenizer.bos_id}
-    few, _ = report.training_tokens(tiny_corpus.train.first(3), isolate_documents=True)
-    assert len(few) == 3 * 32
-    assert report.training_tokens(tiny_corpus.train, isolate_documents=False)[1].tolist() == [0]
+def test_training_pairs_come_in_pieces(tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
+    whole = [
+        np.concatenate(side)
+        for side in zip(*report.training_pairs(tiny_corpus.train, isolate_documents=True), strict=True)
+    ]
+    monkeypatch.setattr(report, "PIECE_ROWS", 7)
+    pieces = list(report.training_pairs(tiny_corpus.train, isolate_documents=True))
+    assert len(pieces) == -(-tiny_corpus.train.n_rows // 7)
+    for side, expected in zip(zip(*pieces, strict=True), whole, strict=True):
+        np.testing.assert_array_equal(np.concatenate(side), expected)
 
 
 def test_the_report_says_the_same_again_without_training(

@@ -172,6 +172,18 @@ def test_rotary_positions_may_go_beyond_training_and_learned_ones_may_not():
         continued(learned, [np.arange(10)], tokens=7)
 
 
+def test_bfloat16_and_a_rack_without_stacks_generate_too():
+    assert all(len(row) > 8 for row in continued(PLAIN, PROMPTS, dtype=jnp.bfloat16))
+    bare = {**rack_of(PLAIN), "stacks": []}
+    options: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "eos_id": None, "dtype": jnp.float32}
+    allowed, key = np.ones(VOCAB, bool), jax.random.key(0)
+    rows = generate(bare, PLAIN, PROMPTS, tokens=1, key=key, allowed=allowed, **options)
+    table = np.asarray(bare["embedding"]["tokens"])
+    normed = table / np.sqrt(np.mean(table**2, axis=1, keepdims=True) + PLAIN.norm_epsilon)
+    likeliest = np.argmax(normed @ np.asarray(bare["head"]["table"]).T, axis=1)
+    assert [row[-1] for row in rows] == [likeliest[prompt[-1]] for prompt in PROMPTS]
+
+
 def test_what_cannot_be_continued_is_refused():
     with pytest.raises(UserError, match=r"bidirectional.*evaluate"):
         continued(dataclasses.replace(PLAIN, attention="bidirectional"), PROMPTS)

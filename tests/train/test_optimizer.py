@@ -116,6 +116,8 @@ def test_muon_moves_all_directions_alike():
             values = np.linalg.svd(matrix, compute_uv=False)
             # Five Newton-Schulz steps leave the singular values between about 0.7 and 1.2 of one common value.
             assert values.max() / values.min() < 1.8
+            wide = max(1.0, matrix.shape[1] / matrix.shape[0])  # outputs over inputs, as Jordan scales the rate
+            assert np.mean(values) == pytest.approx(0.05 * math.sqrt(wide), rel=0.3)
     gradient_values = np.linalg.svd(np.asarray(random_tree(1)["up"][0]), compute_uv=False)
     assert gradient_values.max() / gradient_values.min() > 2.5  # which the gradient itself would fail
 
