@@ -1,8 +1,8 @@
 """From a person's config to the one that code reads: `default()` to edit, `resolve()` to check, JSON to store.
 
-A person edits the locked `ConfigDict` that `default()` returns (in `configs/*.py` or by `--config.model.d_model=512`); the
-code reads the frozen `RunConfig` of `schema.py` that `resolve()` builds from it. `resolve()` is the only validator. Nothing
-heavy is imported, so that `--help` and a config error answer at once.
+A person edits the locked `ConfigDict` that `default()` returns (in `configs/*.py` or by
+`--config.model.d_model=512`); the code reads the frozen `RunConfig` of `schema.py` that `resolve()` builds from it.
+`resolve()` is the only validator. Nothing heavy is imported, so that `--help` and a config error answer at once.
 """
 
 import dataclasses
@@ -57,7 +57,8 @@ def resolve(config: Any) -> RunConfig:
     """Builds and checks the `RunConfig` that code reads.
 
     Args:
-      config: a `ConfigDict` from `default()`, or a nested mapping as stored in `config.json`; absent keys take defaults.
+      config: a `ConfigDict` from `default()`, or a nested mapping as stored in `config.json`; absent keys take
+        defaults.
 
     Returns:
       the config with every derived `None` filled in and `training.mode` settled.
@@ -93,7 +94,7 @@ def _checked(kind: Any, value: Any, field: str) -> Any:
         value = float(value)
     if type(value) is not plain:
         raise UserError(f"{field}={value!r} must be of type {plain.__name__}")
-    if plain is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{field}={value} must be a finite number")
     return value
 

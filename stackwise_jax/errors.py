@@ -1,7 +1,7 @@
 """Errors for people: one line that names the field, the value and the remedy.
 
-Everything that a user can get wrong raises `UserError`; every program runs its body inside `one_line_errors`, which prints
-the message and exits with 2. A traceback therefore always means a fault of ours.
+Everything that a user can get wrong raises `UserError`; every program runs its body inside `one_line_errors`, which
+prints the message and exits with 2. A traceback therefore always means a fault of ours.
 """
 
 import contextlib

@@ -87,8 +87,7 @@ def _explain(path: Path, error: Exception) -> str:
 def help_text(module: object) -> str:
     """The program's own sentence, its flags, and every config field with its default and meaning."""
     lines = [inspect.getdoc(module) or "", "", "Flags:"]
-    for name in ("config", "workdir", "plan", "print_config"):
-        lines.append(f"  --{name:<13} {FLAGS[name].help}")
+    lines += [f"  --{name:<13} {FLAGS[name].help}" for name in ("config", "workdir", "plan", "print_config")]
     lines += ["", "Config fields (--config.model.d_model=512):"]
     fields = re.compile(r"    (\w+): [^=]+ = (.+?)(?:  # (.*))?$")
     for section, kind in schema.RunConfig.__annotations__.items():

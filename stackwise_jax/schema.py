@@ -19,7 +19,7 @@ class ArchitectureConfig:
 class ModelConfig:
     """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
 
-    vocab_size: int = 2048  # pieces of the tokenizer, rounded up by nothing: ids are 0 .. vocab_size - 1
+    vocab_size: int = 2048  # rows of the token table; the tokenizer has at most as many pieces
     d_model: int = 128
     n_heads: int = 4
     n_kv_heads: int | None = None  # None: n_heads (multi-head); fewer: grouped queries

@@ -5,12 +5,12 @@ One alphabet, in annotations and einsums alike:
     B batch     T query position   S key position   D width      N query heads   K key-value heads
     G = N / K   H head dimension   F hidden width   V vocabulary L blocks in a stack   C rows in a chunk
 
-A row is one packed sequence of the corpus; its number is fixed when the corpus is prepared, and every random choice that
-must not depend on order (masks, rates) is a function of it.
+A row is one packed sequence of the corpus; its number is fixed when the corpus is prepared, and every random choice
+that must not depend on order (masks, rates) is a function of it.
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -22,8 +22,10 @@ Params = dict[str, Any]
 
 Key = PRNGKey[Array, ""]
 
-AnyArray = Array | np.ndarray
-"""On the device or on the host."""
+if TYPE_CHECKING:
+    AnyArray = Any  # the pipeline's batches are numpy, those inside a step are JAX's; both have what is used of them
+else:
+    AnyArray = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass

@@ -23,7 +23,8 @@ jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Every module but types.py: JAX rebuilds its pytree classes around things that are not arrays.
-CHECKED = ("ops", "models", "objectives", "memory", "train", "data", "evals", "generate", "bench", "config", "report")
+CHECKED = ("ops", "models", "objectives", "memory", "train", "data", "evals", "generate", "bench")
+CHECKED += ("config", "report", "evaluate", "command")
 install_import_hook([f"stackwise_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from stackwise_jax import config as config_lib
@@ -44,10 +45,10 @@ def tolerance() -> dict[str, dict[str, float]]:
     return TOLERANCE
 
 
-WORDS = (
-    "the of and to in is it that was for on are with his they at be this have from or one had by word but not what "
-    "all were we when your can said there use each which she do how their if will up other about out many then them"
-).split()
+WORDS = """
+the of and to in is it that was for on are with his they at be this have from or one had by word but not what all were
+we when your can said there use each which she do how their if will up other about out many then them
+"""
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     for number in range(40):
         draw = random.Random(number)
-        (folder / f"{number:02d}.txt").write_text(" ".join(draw.choice(WORDS) for _ in range(400)) + ".\n")
+        (folder / f"{number:02d}.txt").write_text(" ".join(draw.choice(WORDS.split()) for _ in range(400)) + ".\n")
     return folder
 
 

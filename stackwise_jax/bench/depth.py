@@ -1,7 +1,8 @@
 """Depth costs nothing: seconds per step of every phase of a cached layer-wise run, against those of phase 2.
 
-Trains a rack on the embedded corpus through the very loop of `stackwise_jax.main`, in a temporary run folder, and takes the
-median of the steps of each phase. With --cache=false the trunk is recomputed, which shows what the cache saves.
+Trains a rack on the embedded corpus through the very loop of `stackwise_jax.main`, in a temporary run folder, and
+takes the median of the steps of each phase. With --cache=false the trunk is recomputed, which shows what the cache
+saves.
 """
 
 import json
@@ -52,7 +53,9 @@ def main(options: Any) -> None:
     names = [name for name in seconds if name.startswith("stack")]
     for name in names:
         ratio = seconds[name] / seconds[names[1]]
-        print(f"{name:<12} {1e3 * seconds[name]:>9.2f} {ratio:>13.3f} {run.plan.tokens_per_step / seconds[name]:>10.0f}")
+        print(
+            f"{name:<12} {1e3 * seconds[name]:>9.2f} {ratio:>13.3f} {run.plan.tokens_per_step / seconds[name]:>10.0f}"
+        )
     print(f"last phase over phase 2: {seconds[names[-1]] / seconds[names[1]]:.3f}")
 
 

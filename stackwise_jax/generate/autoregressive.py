@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import DTypeLike
 
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError

@@ -1,9 +1,9 @@
 """The activation cache: what a trunk puts out, per (row, variant), so that depth k costs what depth 1 costs.
 
-Rows live in chunks; a batch always lies inside one chunk (data/pipeline.py draws it so). Filling and advancing run batch by
-batch with the caller's own forward programs, the ones that recomputation uses, so that in float32 storage a cached number
-equals a recomputed one bitwise. A fingerprint says what the numbers came from; a cursor separates chunks that have been
-advanced from those that have not, so that an interrupted advance mixes nothing.
+Rows live in chunks; a batch always lies inside one chunk (data/pipeline.py draws it so). Filling and advancing run
+batch by batch with the caller's own forward programs, the ones that recomputation uses, so that in float32 storage a
+cached number equals a recomputed one bitwise. A fingerprint says what the numbers came from; a cursor separates
+chunks that have been advanced from those that have not, so that an interrupted advance mixes nothing.
 """
 
 import functools
@@ -13,8 +13,8 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
-from numpy.typing import DTypeLike
 
 from stackwise_jax.errors import UserError
 from stackwise_jax.types import Batch

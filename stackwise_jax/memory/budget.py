@@ -1,8 +1,8 @@
 """What a run costs, from shapes alone: parameters, floating-point operations, bytes.
 
-Model FLOPs: a matmul of a weight with n entries costs 2 n a token forward and 4 n backward (2 n where the weight is frozen
-and gradient only passes through); attention scores and mixing count besides, half of the square when causal. Recomputation
-by remat is not counted.
+Model FLOPs: a matmul of a weight with n entries costs 2 n a token forward and 4 n backward (2 n where the weight is
+frozen and gradient only passes through); attention scores and mixing count besides, half of the square when causal.
+Recomputation by remat is not counted.
 """
 
 import dataclasses

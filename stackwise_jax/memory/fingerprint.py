@@ -1,7 +1,7 @@
 """Digests that say what a cached activation was computed from.
 
-f_0 hashes everything that decides what the embedding puts out; f_k hashes f_{k-1} and the digest of stack k as stored. Two
-caches with the same fingerprint hold the same numbers, whatever order rows were visited in.
+f_0 hashes everything that decides what the embedding puts out; f_k hashes f_{k-1} and the digest of stack k as
+stored. Two caches with the same fingerprint hold the same numbers, whatever order rows were visited in.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def root(facts: dict[str, Any]) -> str:
-    """f_0 from JSON-able facts: corpus, tokenizer, seed, objective, attention, storage, code version, embedding digest."""
+    """f_0 from JSON-able facts: everything that decides what the embedding puts out, and this code's version."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

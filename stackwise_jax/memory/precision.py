@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from stackwise_jax.types import Params
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import DTypeLike
 
 from stackwise_jax.models.layers import FeedForward, Linear, Norm, dropout
 from stackwise_jax.ops.attention import attention
@@ -28,7 +28,7 @@ class Context:
 
     positions: Int[Array, "B T"]
     mask: Mask | Bool[Array, "B 1 T S"]
-    write_at: Int[Array, ""] | None = None
+    write_at: Int[Array, ""] | int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +38,16 @@ class KeyValues:
 
     keys: Float[Array, "*L B S K H"]
     values: Float[Array, "*L B S K H"]
+
+    def write(
+        self, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], at: Int[Array, ""] | int
+    ) -> "KeyValues":
+        """Those of one block with `T` more places from slot `at` on."""
+        update = jax.lax.dynamic_update_slice_in_dim
+        return KeyValues(
+            update(self.keys, keys.astype(self.keys.dtype), at, 1),
+            update(self.values, values.astype(self.values.dtype), at, 1),
+        )
 
 
 class Attention(nn.Module):
@@ -62,12 +72,7 @@ class Attention(nn.Module):
             queries = apply_rope(queries, context.positions, model.rope_theta)
             keys = apply_rope(keys, context.positions, model.rope_theta)
         if stored is not None:
-            stored = KeyValues(
-                jax.lax.dynamic_update_slice_in_dim(stored.keys, keys.astype(stored.keys.dtype), context.write_at, 1),
-                jax.lax.dynamic_update_slice_in_dim(
-                    stored.values, values.astype(stored.values.dtype), context.write_at, 1
-                ),
-            )
+            stored = stored.write(keys, values, context.write_at)
             keys, values = stored.keys.astype(self.dtype), stored.values.astype(self.dtype)
         mixed = attention(queries, keys, values, context.mask, implementation=model.attention_implementation)
         return self.output(mixed.reshape(B, T, -1)), stored

@@ -5,8 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from numpy.typing import DTypeLike
 
 from stackwise_jax.ops.matmul import matmul
 from stackwise_jax.schema import ModelConfig

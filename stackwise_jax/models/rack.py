@@ -3,16 +3,18 @@
 A plain tree of arrays. A tied head has no `table` of its own and reads the embedding's.
 """
 
+import typing
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
-from numpy.typing import DTypeLike
 
 from stackwise_jax.models import weights
 from stackwise_jax.models.block import Context, KeyValues
 from stackwise_jax.models.layers import apply_norm, dropout
 from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
-from stackwise_jax.ops.mask import Mask
+from stackwise_jax.ops.mask import Mask, MaskKind
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
 
@@ -86,7 +88,7 @@ def output_table(head: Params, embedding: Params) -> Float[Array, "V D"]:
 
 def row_context(model: ModelConfig, segments: Int[Array, "B T"] | None, positions: Int[Array, "B T"]) -> Context:
     """The context of whole packed rows; without segments a row is one document and attention takes its fast path."""
-    return Context(positions, Mask(kind=model.attention, segments=segments))
+    return Context(positions, Mask(kind=typing.cast(MaskKind, model.attention), segments=segments))
 
 
 def apply_rack(

@@ -1,12 +1,13 @@
 """A stack: consecutive equal blocks whose parameters share a leading axis, applied by one scan."""
 
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from numpy.typing import DTypeLike
 
 from stackwise_jax.models import weights
 from stackwise_jax.models.block import Block, Context, KeyValues
@@ -78,7 +79,7 @@ def decode_stack(
 
     def body(hidden: Array, of_block: tuple[Params, KeyValues]) -> tuple[Array, KeyValues]:
         block_params, block_stored = of_block
-        return block.apply({"params": block_params}, hidden, context, None, block_stored)
+        return typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, block_stored))
 
     return jax.lax.scan(body, x.astype(dtype), (params, stored))
 

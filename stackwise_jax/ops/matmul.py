@@ -4,8 +4,8 @@ Every linear map of every model goes through `matmul`, so that how a weight is s
 """
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from numpy.typing import DTypeLike
 
 
 def matmul(x: Float[Array, "*B D"], weight: Float[Array, "D F"], *, dtype: DTypeLike) -> Float[Array, "*B F"]:

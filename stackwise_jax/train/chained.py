@@ -1,8 +1,8 @@
 """The chained execution of a path: a Python-driven chain of per-stack programs instead of one compiled step.
 
-Forward stack by stack keeping the boundary activations, head and loss, then backward stack by stack, each recomputing its
-own inside; then one update per part. Compiled once per distinct stack shape whatever the depth. Its gradients equal the
-fused step's (a law of the tests); it takes and returns the same things.
+Forward stack by stack keeping the boundary activations, head and loss, then backward stack by stack, each recomputing
+its own inside; then one update per part. Compiled once per distinct stack shape whatever the depth. Its gradients
+equal the fused step's (a law of the tests); it takes and returns the same things.
 """
 
 import functools

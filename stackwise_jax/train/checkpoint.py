@@ -1,14 +1,16 @@
 """The run folder: what is written, in which order, and how it is read back.
 
     config.json          the resolved config; a folder is continued only by the same one
+    corpus.digest        of the prepared corpus, for the same reason
     tokenizer.model      so that the folder can be read alone
     plan.txt             the plan as printed
     metrics.jsonl        one object a line
     stacks/NAME-DIGEST/  a frozen part (embedding, stack, head, tap), written once, never changed
     steps/N-PHASE/       the live state after N updates, in that phase, with references to frozen parts
 
-Arrays go through Orbax. Beside them lies `manifest.json` with a SHA-256 of every array and of the meta data; it is written
-and fsynced last, and a folder without one does not exist. Orbax restores flipped bits silently; the digests do not.
+Arrays go through Orbax. Beside them lies `manifest.json` with a SHA-256 of every array and of the meta data; it is
+written and fsynced last, and a folder without one does not exist. Orbax restores flipped bits silently; the digests
+do not.
 """
 
 import hashlib
@@ -64,6 +66,20 @@ class RunFolder:
             if not (folder / "manifest.json").exists():
                 shutil.rmtree(folder)
 
+    def require_corpus(self, digest: str) -> None:
+        """Notes the corpus of a new run, or checks that a continued one still has its own.
+
+        Raises:
+          UserError: the text, its split or its tokenizer changed since the run began.
+        """
+        stored = self.path / "corpus.digest"
+        if stored.exists() and stored.read_text(encoding="utf-8").strip() != digest:
+            raise UserError(
+                f"{self.path} was trained on another corpus: the text of data.source, its split or the tokenizer has "
+                "changed since; give another --workdir, or the text as it was"
+            )
+        write_text(stored, digest + "\n")
+
     def write_part(self, name: str, tree: Any) -> str:
         """Writes a frozen part once; returns the reference to it (its folder's name)."""
         reference = f"{name}-{tree_digest(tree)[:16]}"
@@ -73,7 +89,7 @@ class RunFolder:
         return reference
 
     def write_step(self, phase: int, step: int, tree: Any, meta: Mapping[str, Any], *, keep: int) -> None:
-        """Writes the live state of `phase` after `step` updates, then removes what is beyond `keep` or needed by nobody.
+        """Writes the live state of `phase` after `step` updates, then removes what is beyond `keep` or needless.
 
         A folder of the same phase and step holds the same numbers (a run is deterministic) and is left alone.
         """

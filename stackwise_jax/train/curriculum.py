@@ -102,10 +102,7 @@ def make_curriculum(config: RunConfig) -> tuple[Phase, ...]:
     Raises:
       UserError: the config asks for a cache that no path of the curriculum allows.
     """
-    if config.training.mode == "end_to_end":
-        phases = (_end_to_end(config),)
-    else:
-        phases = _growing(config)
+    phases = (_end_to_end(config),) if config.training.mode == "end_to_end" else _growing(config)
     wanted = config.training.progressive.cache_activations
     if wanted and not any(phase.cached for phase in phases):
         reason = uncachable(phases[-1])

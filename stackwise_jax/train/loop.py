@@ -5,6 +5,7 @@ that was stopped continues from its newest snapshot with the same numbers as if 
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -34,7 +35,6 @@ from stackwise_jax.train.state import (
     fresh_lasting_parts,
     fresh_stacks,
     join_states,
-    part_shape,
     snapshot_shape,
     untie_head,
 )
@@ -98,6 +98,7 @@ class Run:
         self.config, self.corpus = config, corpus
         self.plan = make_plan(config, layout.n_rows)
         self.folder = RunFolder(workdir, config)
+        self.folder.require_corpus(corpus.digest)
         self.program = make_program(config, corpus, layout.n_rows)
         self.inputs = TrunkInputs(self.program, corpus, layout)
         self.batches = iter(
@@ -166,7 +167,12 @@ class Run:
             batch, activations = self.inputs.training_batch(phase, self.frozen, batch)
             fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
             self.state, metrics = step_function(
-                self.state, frozen, batch, activations, np.asarray(fraction, np.float32), np.asarray(position.step, np.int32)
+                self.state,
+                frozen,
+                batch,
+                activations,
+                np.asarray(fraction, np.float32),
+                np.asarray(position.step, np.int32),
             )
             position.step += 1
             position.phase_step += 1
@@ -215,9 +221,10 @@ class Run:
         total, weight = (float(sum(column)) for column in zip(*sums, strict=True))
         result = {"loss": total / max(weight, 1.0)}
         if self.config.objective.name == "clm":
-            result["bits_per_byte"] = total / math.log(2) / max(self._held_out_bytes(), 1)
+            result["bits_per_byte"] = total / math.log(2) / max(self._held_out_bytes, 1)
         return result
 
+    @functools.cached_property
     def _held_out_bytes(self) -> int:
         """Bytes of the text that the held-out loss asks for."""
         size = self.corpus.tokenizer.piece_bytes

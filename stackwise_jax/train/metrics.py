@@ -51,11 +51,9 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Opens the file and drops what a continued run is about to write again: lines after `resume_step`."""
         self._path = folder / "metrics.jsonl"
-        kept = []
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line)["step"] <= resume_step:
-                    kept.append(line)
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= resume_step]
         self._path.write_text("".join(kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard")
@@ -77,7 +75,7 @@ class MetricsWriter:
 
 def _tensorboard(folder: Path) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     return SummaryWriter(str(folder))

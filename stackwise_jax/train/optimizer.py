@@ -1,10 +1,12 @@
 """How live parameters move: one Optax transformation per part, and the schedule that every phase restarts.
 
-Transformations carry the peak learning rate; the step multiplies their updates by the schedule's fraction, an argument, so
-that phases of different length share one executable. A part's state is its own, so that it can be dropped or kept alone.
+Transformations carry the peak learning rate; the step multiplies their updates by the schedule's fraction, an
+argument, so that phases of different length share one executable. A part's state is its own, so that it can be
+dropped or kept alone.
 """
 
 import math
+import typing
 from typing import Any
 
 import jax
@@ -50,7 +52,7 @@ def _adamw(config: OptimizerConfig, learning_rate: float, leading: int) -> optax
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon for the matrices of a stack, each block's on its own (the block axis is a batch axis); AdamW for the rest."""
+    """Muon for the matrices of a stack, each block's on its own; AdamW for the rest."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     return optax.contrib.muon(
         config.muon_learning_rate,
@@ -82,7 +84,7 @@ def update_part(
     """One update of one part. Returns (state, parameters), both new."""
     updates, state = transform.update(gradients, state, params)
     updates = jax.tree.map(lambda leaf: leaf * fraction.astype(leaf.dtype), updates)
-    return optax.apply_updates(params, updates), state
+    return typing.cast(Params, optax.apply_updates(params, updates)), state
 
 
 def update_parts(

@@ -117,7 +117,8 @@ def describe(plan: Plan) -> str:
         f"rows     {plan.rows if plan.rows is not None else 'known when the corpus is prepared'} "
         f"of {config.data.seq_len} tokens; {plan.tokens_per_step} tokens a step",
         "",
-        f"{'phase':<12} {'steps':>7} {'tokens':>8} {'FLOPs':>8} {'live':>8} {'device':>10} {'cache':>10}  path and rules",
+        f"{'phase':<12} {'steps':>7} {'tokens':>8} {'FLOPs':>8} {'live':>8} {'device':>10} {'cache':>10}  "
+        "path and rules",
     ]
     for phase, sig, flops in zip(plan.phases, plan.signatures, plan.step_flops, strict=True):
         live, frozen = phase_parameters(config, phase, sig)

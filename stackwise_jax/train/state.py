@@ -1,7 +1,7 @@
 """What training changes and what it has settled, part by part, and how fresh parts are drawn.
 
-Parts are "embedding", "head" and "stacks" (the live stacks in path order). Between phases only what stays live is in the
-state; a phase adds its stacks when it begins and they leave for the frozen rack when it ends.
+Parts are "embedding", "head" and "stacks" (the live stacks in path order). Between phases only what stays live is in
+the state; a phase adds its stacks when it begins and they leave for the frozen rack when it ends.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """The step: from a batch to an update of the live part, compiled once per phase signature.
 
-Pure functions of arrays; the loop owns every side effect. `frozen` holds what the live part runs through and never changes.
+Pure functions of arrays; the loop owns every side effect. `frozen` holds what the live part runs through and never
+changes.
 """
 
 import dataclasses
@@ -171,8 +172,9 @@ def make_gradients(program: Program, signature: Signature) -> Callable[..., tupl
 def make_train_step(program: Program, signature: Signature) -> StepFunction:
     """Compiles the fused step of a signature: one executable from batch to update, state donated.
 
-    The returned function takes (state, frozen, batch, activations, fraction, step): `activations` are the trunk's output
-    or None where the path starts from tokens, `fraction` the schedule's, `step` the run's update count for dropout. Its
+    The returned function takes (state, frozen, batch, activations, fraction, step): `activations` are the trunk's
+    output or None where the path starts from tokens, `fraction` the schedule's, `step` the run's update count for
+    dropout. Its
     metrics are scalars on the device: loss (nats per weighted token), gradient_norm, weight.
     """
     gradients = make_gradients(program, signature)

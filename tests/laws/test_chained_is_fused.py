@@ -86,12 +86,14 @@ def test_chained_step_is_fused_step(tiny: Any) -> None:
         params = jax.tree.map(jnp.copy, live)
         state = TrainState(params, {name: init_part(transforms, name, part) for name, part in params.items()})
         execution = dataclasses.replace(signature, execution="chained")
-        results.append(make(program, execution)(state, frozen, batch, x, np.array(0.5, np.float32), np.array(3, np.int32)))
+        results.append(
+            make(program, execution)(state, frozen, batch, x, np.array(0.5, np.float32), np.array(3, np.int32))
+        )
     (fused_state, fused), (chained_state, chained) = results
     for name in fused:
         np.testing.assert_allclose(chained[name], fused[name], rtol=1e-5)
     # Adam divides by the gradient's size, so a gradient near zero may move either way: compare where it is not.
-    moved = jax.tree.map(lambda a, b: jnp.mean((jnp.abs(a - b) > 1e-5).astype(float)), *(
-        s.params for s in (fused_state, chained_state)
-    ))
+    moved = jax.tree.map(
+        lambda a, b: jnp.mean((jnp.abs(a - b) > 1e-5).astype(float)), *(s.params for s in (fused_state, chained_state))
+    )
     assert max(map(float, jax.tree.leaves(moved))) < 0.01

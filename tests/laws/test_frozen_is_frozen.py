@@ -1,5 +1,6 @@
 """What a phase freezes, no later phase moves, not by a bit; what is live does move."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def snapshots(run: loop.Run) -> list[dict[str, np.ndarray]]:
 
 
 def assert_only_grows(taken: list[dict[str, np.ndarray]]) -> None:
-    for before, after in zip(taken, taken[1:], strict=False):
+    for before, after in itertools.pairwise(taken):
         assert set(before) < set(after)
         for name, value in before.items():
             np.testing.assert_array_equal(value, after[name], err_msg=name)

@@ -30,7 +30,7 @@ MODEL = resolve(
 ).model
 TOKENS = jax.random.randint(jax.random.key(1), (B, T), 0, 64)
 CONTEXT = row_context(MODEL, jnp.ones((B, T), jnp.int32), jnp.arange(T, dtype=jnp.int32)[None].repeat(B, 0))
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")

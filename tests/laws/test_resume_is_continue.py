@@ -12,7 +12,7 @@ from stackwise_jax.train import loop
 from stackwise_jax.types import Params
 
 
-class Stopped(Exception):
+class PowerCutError(Exception):
     """Stands for the power cut."""
 
 
@@ -27,12 +27,12 @@ def stop_after(config: Any, corpus: Any, folder: Path, steps: int) -> None:
 
     def count(*args: Any) -> float:
         if run.position.step == steps:
-            raise Stopped
+            raise PowerCutError
         return original(*args)
 
     loop.schedule_fraction = count
     try:
-        with pytest.raises(Stopped):
+        with pytest.raises(PowerCutError):
             run.to_end()
     finally:
         loop.schedule_fraction = original

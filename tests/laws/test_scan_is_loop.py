@@ -15,7 +15,7 @@ from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Params
 
 B, T, D, L = 2, 16, 32, 3
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def model_of(**fields: Any) -> ModelConfig:

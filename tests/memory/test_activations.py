@@ -110,7 +110,7 @@ def test_variants_repeat_after_the_last():
 @pytest.mark.parametrize("chunks_before", [1, 3, 6])
 def test_an_interrupted_advance_goes_on_where_it_stopped(chunks_before: int):
     cache = filled()
-    progress = cache.advance(forward(STACKS[0]), "f1")
+    progress: Any = cache.advance(forward(STACKS[0]), "f1")
     for _ in range(chunks_before):
         next(progress)
     progress.close()

@@ -152,7 +152,7 @@ CASES = {
     "wide heads, geglu, no positions": model_of("llama", d_head=12, ffn="geglu", positions="none", norm="layernorm"),
 }
 # Float32 against float64 over two blocks of weights with standard deviation 0.3.
-CLOSE = {"rtol": 2e-4, "atol": 2e-5}
+CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-5}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -196,7 +196,7 @@ def test_output_table_is_tied_or_its_own():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_decoding_token_by_token_is_reading_the_row(name: str):
+def test_decoding_a_prompt_and_then_tokens_is_reading_the_row(name: str):
     model = CASES[name]
     rack = rack_of(model)
     tokens = jnp.array(row()[0])
@@ -205,16 +205,17 @@ def test_decoding_token_by_token_is_reading_the_row(name: str):
     expected = hidden @ np.asarray(output_table(rack["head"], rack["embedding"])).T
 
     @jax.jit
-    def decode(tokens: Any, position: Any, stored: Any) -> Any:
-        places = jnp.broadcast_to(position, (B, 1))
-        visible = jnp.broadcast_to(jnp.arange(T)[None, None, None, :] <= position, (B, 1, 1, T))
-        context = dataclasses.replace(row_context(model, places, places), mask=visible, write_at=position)
+    def decode(tokens: Any, first: Any, stored: Any) -> Any:
+        places = jnp.broadcast_to((first + jnp.arange(tokens.shape[1]))[None], tokens.shape)
+        visible = jnp.arange(T)[None, None, None, :] <= places[:, None, :, None]
+        context = dataclasses.replace(row_context(model, places, places), mask=visible, write_at=first)
         return decode_rack(rack, tokens, context, stored, model, dtype=jnp.float32)
 
-    stored = init_key_values(rack, model, B, T, dtype=jnp.float32)
-    for t in range(T):
-        logits, stored = decode(tokens[:, t : t + 1], jnp.int32(t), stored)
-        np.testing.assert_allclose(logits, expected[:, t], rtol=1e-3, atol=1e-4)
+    stored, first = init_key_values(rack, model, B, T, dtype=jnp.float32), 0
+    for length in (5, *[1] * (T - 5)):  # a prompt, then one token at a time
+        logits, stored = decode(tokens[:, first : first + length], jnp.int32(first), stored)
+        first += length
+        np.testing.assert_allclose(logits, expected[:, first - 1], rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_stays_bfloat16_between_blocks(tolerance: dict[str, dict[str, float]]):

@@ -63,7 +63,7 @@ def step_shapes(config: RunConfig, phases: tuple[Phase, ...], index: int) -> tup
     if phase.head is Role.FROZEN:
         frozen["head"] = part_shape(config, key, "head", "head", head_has_table=table)
 
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     batch = Batch(ints(B, T), ints(B, T), ints(B, T), ints(B), ints(B))

@@ -110,6 +110,13 @@ def test_a_folder_of_another_config_is_refused_untouched(folder: RunFolder, tiny
     RunFolder(folder.path, tiny(checkpoint__keep=5, logging__every_steps=3))  # these may change
 
 
+def test_a_run_of_another_text_is_not_continued(folder: RunFolder) -> None:
+    folder.require_corpus("abc")
+    folder.require_corpus("abc")
+    with pytest.raises(UserError, match="another corpus"):
+        folder.require_corpus("abd")
+
+
 @pytest.mark.parametrize("kind", ["a file", "a folder of something else"])
 def test_what_is_no_run_folder_is_refused(kind: str, tiny: Any, tmp_path: Path) -> None:
     path = tmp_path / "thing"
