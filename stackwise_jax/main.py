@@ -23,6 +23,7 @@ flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON, the
 
 
 def main(config: RunConfig) -> None:
+    """Prints the config or the plan when asked to, and trains otherwise."""
     if FLAGS.print_config:
         print(config_lib.to_json(config))
         return
