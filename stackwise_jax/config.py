@@ -91,7 +91,7 @@ def _checked(kind: Any, value: Any, field: str) -> Any:
         return None
     plain = _plain_type(kind)
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not plain:
         raise UserError(f"{field}={value!r} must be of type {plain.__name__}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -115,6 +115,10 @@ def _settle(config: RunConfig) -> RunConfig:
     _check_choices(config)
     _check_ranges(config)
     model, training = config.model, config.training
+    _require(
+        model.d_head is not None or model.d_model % model.n_heads == 0,
+        f"model.d_model={model.d_model} must be a multiple of model.n_heads={model.n_heads}, or set model.d_head",
+    )
     progressive = training.progressive
     mode = training.mode if progressive.enabled else "end_to_end"
     config = dataclasses.replace(
@@ -214,10 +218,6 @@ def _check_model(config: RunConfig) -> None:
     model, objective = config.model, config.objective
     heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
     d_head, max_positions = typing.cast(int, model.d_head), typing.cast(int, model.max_positions)
-    _require(
-        d_head * heads == model.d_model or model.d_model % heads == 0,
-        f"model.d_model={model.d_model} must be a multiple of model.n_heads={heads}, or set model.d_head",
-    )
     _require(heads % kv_heads == 0, f"model.n_heads={heads} must be a multiple of model.n_kv_heads={kv_heads}")
     _require(
         model.positions != "rotary" or d_head % 2 == 0,
@@ -284,7 +284,9 @@ def budget_steps(budget: str, tokens_per_step: int, *, field: str = "budget") ->
     if match is None:
         raise UserError(f'{field}={budget!r} must read like "200 steps", "5M tokens" or "1.2B tokens"')
     number, scale, unit = match.groups()
-    count = round(float(number.replace("_", "")) * _SCALE[scale])
+    amount = float(number.replace("_", "")) * _SCALE[scale]
+    _require(math.isfinite(amount), f"{field}={budget!r} is too large")
+    count = round(amount)
     steps = count if unit.startswith("step") else math.ceil(count / tokens_per_step)
     _require(steps >= 1, f"{field}={budget!r} must be at least one step")
     return steps

@@ -57,7 +57,8 @@ def load_config(argv: list[str]) -> RunConfig:
     try:
         rest = FLAGS(argv)
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0].removeprefix("FATAL Flags parsing error: ")) from None
+        reason = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        raise UserError(reason.removeprefix("FATAL Flags parsing error: ")) from None
     except Exception as error:  # a config file is code and may raise anything
         raise UserError(_explain(path, error)) from None
     if len(rest) > 1:

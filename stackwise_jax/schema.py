@@ -52,7 +52,7 @@ class DataConfig:
 
     source: str = "embedded"  # embedded (the Python standard library's text) | files and globs, comma-separated
     validation_source: str = ""  # files and globs; empty: hold out `validation_fraction` of the documents
-    validation_fraction: float = 0.02
+    validation_fraction: float = 0.05
     text_field: str = "text"  # of .jsonl files
     tokenizer: str = ""  # a SentencePiece model file; empty: train one of model.vocab_size pieces on the source
     seq_len: int = 256
@@ -196,7 +196,3 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     generation: GenerationConfig = GenerationConfig()
     logging: LoggingConfig = LoggingConfig()
-
-
-# Sections that may differ when a run folder is continued: they change no number that a run computes.
-FREE_SECTIONS = ("checkpoint", "logging", "generation")

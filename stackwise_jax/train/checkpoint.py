@@ -41,6 +41,8 @@ class DamagedError(UserError):
 class RunFolder:
     """A run folder. Opening creates it, or checks that it belongs to the same config.
 
+    A folder in which nothing has been saved yet takes any config: a run that failed at once is simply started again.
+
     Raises:
       UserError: the folder holds a run of another config (every differing field is named; nothing is touched), or is
         something else than a run folder.
@@ -50,14 +52,14 @@ class RunFolder:
         self.path = path
         self.stacks, self.steps = path / "stacks", path / "steps"
         stored = path / "config.json"
-        if stored.exists():
+        if stored.exists() and latest_step(path) is not None:
             changed = config_lib.differences(config_lib.from_json(stored), config)
             if changed:
                 raise UserError(
                     f"{path} holds a run of another config: {'; '.join(changed)}; "
                     "give another --workdir, or the config it was started with"
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif not stored.exists() and path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not a run folder; give another --workdir")
         self.stacks.mkdir(parents=True, exist_ok=True)
         self.steps.mkdir(exist_ok=True)
@@ -73,7 +75,8 @@ class RunFolder:
           UserError: the text, its split or its tokenizer changed since the run began.
         """
         stored = self.path / "corpus.digest"
-        if stored.exists() and stored.read_text(encoding="utf-8").strip() != digest:
+        known = stored.exists() and latest_step(self.path) is not None
+        if known and stored.read_text(encoding="utf-8").strip() != digest:
             raise UserError(
                 f"{self.path} was trained on another corpus: the text of data.source, its split or the tokenizer has "
                 "changed since; give another --workdir, or the text as it was"

@@ -97,10 +97,10 @@ class Run:
         layout = chunk_layout(corpus.train.n_rows, config.training.batch_size, row_bytes, config.cache.chunk_bytes)
         self.config, self.corpus = config, corpus
         self.plan = make_plan(config, layout.n_rows)
-        self.folder = RunFolder(workdir, config)
-        self.folder.require_corpus(corpus.digest)
         self.program = make_program(config, corpus, layout.n_rows)
         self.inputs = TrunkInputs(self.program, corpus, layout)
+        self.folder = RunFolder(workdir, config)  # only after everything that may refuse the run
+        self.folder.require_corpus(corpus.digest)
         self.batches = iter(
             make_batches(
                 corpus.train,

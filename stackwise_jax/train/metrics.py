@@ -84,13 +84,15 @@ def _tensorboard(folder: Path) -> Any:
 class Progress:
     """The live line: phase, step, loss, tokens/s, ETA, MFU, memory, share of time waiting for data.
 
-    On a terminal one line is rewritten; elsewhere a line is printed at every call.
+    On a terminal one line is rewritten; elsewhere (a log file) a line is printed every few seconds.
     """
+
+    LOG_SECONDS = 5.0
 
     def __init__(self, *, total_flops: float, peak: float | None) -> None:
         self._total_flops, self._peak = total_flops, peak
         self._is_terminal = sys.stderr.isatty()
-        self._open_line = False
+        self._shown_at = 0.0
         self._done_flops = self._run_seconds = 0.0
         self._mark = time.perf_counter()
 
@@ -127,7 +129,11 @@ class Progress:
         self._total_flops -= flops
 
     def show(self, phase: str, step: int, steps: int, loss: float, rates: dict[str, float]) -> None:
-        """Shows the line."""
+        """Shows the line, or leaves it out where the last one is too recent for a log file."""
+        now = time.monotonic()
+        if not self._is_terminal and now - self._shown_at < self.LOG_SECONDS:
+            return
+        self._shown_at = now
         device, host = device_memory(), host_memory()
         parts = [
             f"{phase} {step}/{steps}",

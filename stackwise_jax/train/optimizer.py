@@ -54,16 +54,15 @@ def _adamw(config: OptimizerConfig, learning_rate: float, leading: int) -> optax
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Muon for the matrices of a stack, each block's on its own; AdamW for the rest."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return optax.contrib.muon(
+    muon = optax.contrib.muon(
         config.muon_learning_rate,
+        eps=config.epsilon,
         weight_decay=config.weight_decay,
-        adam_learning_rate=config.learning_rate,
-        adam_b1=config.beta1,
-        adam_b2=config.beta2,
-        adam_weight_decay=0.0,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(
-            lambda leaf: matrix if leaf.ndim == 3 else None, params
-        ),
+        muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree),
+    )
+    return optax.partition(
+        {"matrix": muon, "rest": _adamw(config, config.learning_rate, leading=1)},
+        lambda params: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 3 else "rest", params),
     )
 
 

@@ -84,10 +84,11 @@ def _step_flops(config: RunConfig, phase: Phase, sig: Signature) -> float:
 
 def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, rows: int) -> float:
     """Advancing the cache through the stacks that `phases[index]` froze, when the next phase reads it."""
-    if index + 1 == len(phases) or not (phases[index].cached and phases[index + 1].cached):
+    if index + 1 == len(phases) or not phases[index + 1].cached:
         return 0.0
     sizes = stack_sizes(config)
-    blocks = sum(sizes[stack] for stack in phases[index].live_stacks)
+    passed = phases[index].live_stacks if phases[index].cached else phases[index + 1].trunk
+    blocks = sum(sizes[stack] for stack in passed)
     tokens = rows * variants(config.objective) * config.data.seq_len
     return blocks * tokens * budget.block_forward_flops(config.model, config.data.seq_len)
 

@@ -103,6 +103,9 @@ def test_a_part_is_written_once(folder: RunFolder) -> None:
 
 
 def test_a_folder_of_another_config_is_refused_untouched(folder: RunFolder, tiny: Any) -> None:
+    RunFolder(folder.path, tiny(seed=5))  # nothing has been saved yet: the folder is taken over
+    RunFolder(folder.path, tiny())
+    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"seed=0 \(now 5\).*another --workdir"):
         RunFolder(folder.path, tiny(seed=5))
@@ -111,7 +114,9 @@ def test_a_folder_of_another_config_is_refused_untouched(folder: RunFolder, tiny
 
 
 def test_a_run_of_another_text_is_not_continued(folder: RunFolder) -> None:
+    folder.require_corpus("xyz")
     folder.require_corpus("abc")
+    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
     folder.require_corpus("abc")
     with pytest.raises(UserError, match="another corpus"):
         folder.require_corpus("abd")
@@ -131,6 +136,7 @@ def test_what_is_no_run_folder_is_refused(kind: str, tiny: Any, tmp_path: Path) 
 
 
 def test_a_broken_config_json_is_one_line(folder: RunFolder, tiny: Any) -> None:
+    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
     (folder.path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as a config"):
         RunFolder(folder.path, tiny())
