@@ -251,7 +251,7 @@ def run_main(*argv: str) -> subprocess.CompletedProcess[str]:
     [
         (["--config=configs/quickstart.py", "--config.model.d_modle=3"], ["d_modle", "d_model"]),
         (["--config=configs/quickstat.py"], ["no such file", "quickstart.py"]),
-        (["--config=configs/quickstart.py", "--config.model.n_kv_heads=4"], ["model.n_heads=6", "n_kv_heads=4"]),
+        (["--config=configs/quickstart.py", "--config.model.n_kv_heads=3"], ["model.n_heads=4", "n_kv_heads=3"]),
         (["--config=configs/gpt2_small.py:layerwize"], ["layerwize", 'Did you mean "layerwise"']),
     ],
     ids=["unknown field", "missing file", "impossible shape", "unknown argument"],

@@ -115,7 +115,7 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
     transforms = optimizer.make_transforms(config, scales_head=signature.embedding is Role.FROZEN)
     square = jax.jit(lambda tree: optax.tree.norm(tree, squared=True))
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def update(
         kind: str, params: Params, state: Any, grads: Params, factor: Float[Array, ""], fraction: Float[AnyArray, ""]
     ) -> tuple[Params, Any]:
