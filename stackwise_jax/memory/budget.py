@@ -64,7 +64,7 @@ def row_bytes(config: RunConfig, variants: int) -> int:
 class DeviceBytes:
     """Device memory of a phase, by what fills it."""
 
-    live_weights: int
+    weights: int  # live, float32
     optimizer: int
     gradients: int
     frozen: int
@@ -76,28 +76,13 @@ class DeviceBytes:
         return sum(dataclasses.astuple(self))
 
 
-def phase_device_bytes(
-    config: RunConfig, *, live: int, frozen: int, live_blocks: int, cached_rows: int, variants: int
-) -> DeviceBytes:
-    """Estimates the device memory of a phase.
-
-    Args:
-      live, frozen: parameters.
-      live_blocks: blocks whose inside is kept for the backward pass.
-      cached_rows: rows in the device cache.
-    """
-    moments = 2 if config.optimizer.name == "adamw" else 1
-    return DeviceBytes(
-        live_weights=4 * live,
-        optimizer=4 * moments * live,
-        gradients=4 * live,
-        frozen=item_bytes(config.precision.trunk) * frozen,
-        activations=_activation_bytes(config, live_blocks),
-        cache=cache_bytes(config, cached_rows, variants),
-    )
+def optimizer_bytes(config: RunConfig, *, live: int, live_in_stacks: int) -> int:
+    """Float32 moments: two a parameter, one for what Muon trains (counted as everything live in stacks)."""
+    of_muon = live_in_stacks if config.optimizer.name == "muon" else 0
+    return 4 * (2 * live - of_muon)
 
 
-def _activation_bytes(config: RunConfig, live_blocks: int) -> int:
+def activation_bytes(config: RunConfig, live_blocks: int) -> int:
     """What the backward pass keeps of a micro-batch, plus one chunk of float32 logits and their gradient."""
     model = config.model
     tokens = config.training.batch_size // config.training.accumulation_steps * config.data.seq_len

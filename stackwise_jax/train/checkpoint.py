@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stackwise_jax import config as config_lib
@@ -141,7 +140,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def read_tree(folder: Path, target: Any) -> Any:
-    """Reads the arrays of a step or part folder into the structure of `target` (arrays or `ShapeDtypeStruct`s).
+    """Reads the arrays of a step or part folder to the host, in the structure of `target` (arrays or their shapes).
 
     Raises:
       DamagedError: an array is missing, unreadable, of another shape or dtype, or its digest differs.
@@ -169,7 +168,7 @@ def read_tree(folder: Path, target: Any) -> Any:
                 f"expected {wanted[name].dtype}{list(wanted[name].shape)}"
             )
     names = list(named_leaves(target))
-    return jax.tree.unflatten(jax.tree.structure(target), [jnp.asarray(arrays[name]) for name in names])
+    return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in names])
 
 
 def read_frozen(path: Path, config: RunConfig, parts: Mapping[str, Mapping[str, str]]) -> Frozen:

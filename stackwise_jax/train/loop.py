@@ -19,6 +19,7 @@ from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.data.pipeline import chunk_layout, make_batches
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory import budget
+from stackwise_jax.memory.placement import to_device
 from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.objectives.objective import Vocabulary, make_corrupt, variants
 from stackwise_jax.schema import RunConfig
@@ -141,7 +142,7 @@ class Run:
         self.inputs.prepare(phase, self.frozen, self.progress.note)
         started = time.perf_counter()
         self._train(phase, signature)
-        result = self._evaluate(phase, signature)
+        result = self._evaluate(phase, signature, self.frozen_parts(phase, signature))
         self.position.held_out[phase.name] = result
         self.writer.write("held_out", self.position.step, {"phase": phase.name, **result})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
@@ -164,7 +165,7 @@ class Run:
             waited = time.perf_counter()
             batch = next(self.batches)
             clock.data_seconds += time.perf_counter() - waited
-            batch, activations = self.inputs.training_batch(phase, self.frozen, batch)
+            batch, activations = self.inputs.training_batch(phase, batch)
             fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
             self.state, metrics = step_function(
                 self.state,
@@ -190,7 +191,7 @@ class Run:
                     pending = None
                     self._save()
                 if config.evaluation.every_steps and position.phase_step % config.evaluation.every_steps == 0:
-                    values = self._evaluate(phase, signature)
+                    values = self._evaluate(phase, signature, frozen)
                     self.writer.write("held_out", position.step, {"phase": phase.name, **values})
         if pending is not None:
             self._log(phase, pending[0], _read(pending), clock)
@@ -208,15 +209,14 @@ class Run:
         self.writer.write("train", step, {"phase": phase.name, "phase_step": done, **values, **rates})
         self.progress.show(phase.name, done, phase.steps, values["loss"], rates)
 
-    def _evaluate(self, phase: Phase, signature: Signature) -> dict[str, float]:
+    def _evaluate(self, phase: Phase, signature: Signature, frozen: Params) -> dict[str, float]:
         """Held-out loss of the path as it stands, in nats per weighted token; a causal model also in bits per byte."""
         if signature not in self._evaluations:
             self._evaluations[signature] = make_evaluation(self.program, signature)
         evaluate = self._evaluations[signature]
-        frozen = self.frozen_parts(phase, signature)
         sums = [
             evaluate(self.state.params, frozen, batch, activations)
-            for batch, activations in self.inputs.held_out_batches(phase, self.frozen)
+            for batch, activations in self.inputs.held_out_batches(phase)
         ]
         total, weight = (float(sum(column)) for column in zip(*sums, strict=True))
         result = {"loss": total / max(weight, 1.0)}
@@ -233,14 +233,13 @@ class Run:
 
     def frozen_parts(self, phase: Phase, signature: Signature) -> Params:
         """What the step runs through: only what it needs, so that equal signatures see equal trees."""
-        parts: Params = {
-            "frozen_stacks": [self.frozen.stacks[stack] for stack, role in phase.body if role is Role.FROZEN]
-        }
+        stacks = [self.frozen.stacks[stack] for stack, role in phase.body if role is Role.FROZEN]
+        parts: Params = {"frozen_stacks": stacks}
         if signature.head is Role.FROZEN:
             parts["head"] = self.frozen.head
         if signature.embedding is Role.FROZEN and not signature.head_has_table:
             parts["embedding"] = self.frozen.embedding
-        return parts
+        return to_device(parts)
 
     # State: beginning, settling, saving, restoring.
 
@@ -293,7 +292,7 @@ class Run:
         if phase < len(self.plan.phases):
             inside = self.position.phase_step > 0
             shape = snapshot_shape(config, key, self.plan.phases[phase], self.plan.signatures[phase], inside=inside)
-            self.state = checkpoint.read_tree(folder, shape)
+            self.state = to_device(checkpoint.read_tree(folder, shape))
             at = f"step {self.position.phase_step} of phase {self.plan.phases[phase].name}"
         say(f"continuing {self.folder.path} after {self.position.step} steps, at {at}")
 

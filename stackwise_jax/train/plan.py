@@ -1,6 +1,7 @@
 """The plan: what a run will do and cost, as text, from shapes alone and before anything runs."""
 
 import dataclasses
+import itertools
 
 from stackwise_jax import __version__
 from stackwise_jax.memory import budget
@@ -10,6 +11,8 @@ from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import Phase, Role, Signature, make_curriculum, signature, stack_sizes
+
+LONGEST_RUN_SHOWN = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +97,50 @@ def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, rows: 
 
 
 def phase_parameters(config: RunConfig, phase: Phase, sig: Signature) -> tuple[int, int]:
-    """(live, frozen on the device) parameters of a phase."""
+    """(live, of these in stacks) parameters of a phase."""
     model, sizes = config.model, stack_sizes(config)
-    block = budget.block_parameters(model)
-    parts = [
-        (weights.count(weights.embedding_table(model)), phase.embedding),
-        (weights.count(weights.head_table(model, tied=not sig.head_has_table)), phase.head),
-        *((block * sizes[stack], role) for stack, role in phase.path),
-    ]
-    live = sum(count for count, role in parts if role is Role.LIVE)
-    return live, sum(count for count, role in parts if role is Role.FROZEN)
+    in_stacks = budget.block_parameters(model) * sum(sizes[stack] for stack in phase.live_stacks)
+    live = in_stacks
+    if phase.embedding is Role.LIVE:
+        live += weights.count(weights.embedding_table(model))
+    if phase.head is Role.LIVE:
+        live += weights.count(weights.head_table(model, tied=not sig.head_has_table))
+    return live, in_stacks
+
+
+def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
+    """Estimates the device memory of a phase.
+
+    Frozen parts rest on the host; on the device are those that the phase runs through: a recomputed trunk, or the one
+    stack that the cache advances through, the frozen body, a frozen head, and the embedding where something reads it.
+    """
+    config, phase, sig = plan.config, plan.phases[index], plan.signatures[index]
+    model, sizes = config.model, stack_sizes(config)
+    live, in_stacks = phase_parameters(config, phase, sig)
+    trunk = phase.trunk[-1:] if phase.cached else phase.trunk
+    stacks = [*trunk, *(stack for stack, role in phase.body if role is Role.FROZEN)]
+    blocks = sum(sizes[stack] for stack in stacks)
+    frozen = blocks * budget.block_parameters(model) * budget.item_bytes(config.precision.trunk)
+    if phase.head is Role.FROZEN:
+        frozen += 4 * weights.count(weights.head_table(model, tied=not sig.head_has_table))
+    if phase.embedding is Role.FROZEN and not (phase.cached and sig.head_has_table):
+        frozen += 4 * weights.count(weights.embedding_table(model))
+    cached_rows = (plan.rows or 0) if phase.cached else 0
+    return budget.DeviceBytes(
+        weights=4 * live,
+        optimizer=budget.optimizer_bytes(config, live=live, live_in_stacks=in_stacks),
+        gradients=4 * live,
+        frozen=frozen,
+        activations=budget.activation_bytes(config, sum(sizes[stack] for stack in phase.live_stacks)),
+        cache=budget.cache_bytes(config, cached_rows, variants(config.objective)),
+    )
+
+
+def rack_bytes(config: RunConfig) -> int:
+    """The finished rack as stored: blocks in trunk precision, embedding and head in float32."""
+    blocks = config.model.n_blocks * budget.block_parameters(config.model)
+    rest = count_parameters(config.model) - blocks
+    return blocks * budget.item_bytes(config.precision.trunk) + 4 * rest
 
 
 def describe(plan: Plan) -> str:
@@ -118,33 +155,51 @@ def describe(plan: Plan) -> str:
         f"rows     {plan.rows if plan.rows is not None else 'known when the corpus is prepared'} "
         f"of {config.data.seq_len} tokens; {plan.tokens_per_step} tokens a step",
         "",
-        f"{'phase':<12} {'steps':>7} {'tokens':>8} {'FLOPs':>8} {'live':>8} {'device':>10} {'cache':>10}  "
-        "path and rules",
-    ]
-    for phase, sig, flops in zip(plan.phases, plan.signatures, plan.step_flops, strict=True):
-        live, frozen = phase_parameters(config, phase, sig)
-        rows = (plan.rows or 0) if phase.cached else 0
-        device = budget.phase_device_bytes(
-            config,
-            live=live,
-            frozen=frozen,
-            live_blocks=sum(sizes[stack] for stack in phase.live_stacks),
-            cached_rows=rows,
-            variants=variants(config.objective),
-        )
-        lines.append(
-            f"{phase.name:<12} {phase.steps:>7} {readable_count(phase.steps * plan.tokens_per_step):>8} "
-            f"{readable_count(phase.steps * flops):>8} {readable_count(live):>8} {readable_bytes(device.total):>10} "
-            f"{readable_bytes(device.cache):>10}  {_path_text(phase)}"
-        )
-    disk = budget.readable_bytes(_disk_bytes(config))
-    lines += [
+        f"{'phase':<12} {'steps':>7} {'tokens':>8} {'FLOPs':>8} {'live':>8}  path and rules",
+        *_phase_lines(plan),
+        "",
+        *_memory_lines(plan),
         "",
         f"total    {sum(p.steps for p in plan.phases)} steps, {readable_count(plan.flops)} FLOPs "
         f"({readable_count(sum(plan.pass_flops))} of them advancing the cache), {plan.compilations} distinct train "
-        f"step(s) to compile; about {disk} on disk at the end",
+        "step(s) to compile",
     ]
     return "\n".join(lines)
+
+
+def _phase_lines(plan: Plan) -> list[str]:
+    """A line a phase; of a long run of phases with one signature the first two and the last."""
+    lines = []
+    for _, group in itertools.groupby(range(len(plan.phases)), key=lambda index: plan.signatures[index]):
+        run = list(group)
+        shown = run if len(run) <= LONGEST_RUN_SHOWN else [*run[:2], run[-1]]
+        for index in shown:
+            if index == run[-1] and len(shown) < len(run):
+                lines.append(f"{'...':<12} {len(run) - len(shown)} more phases like these")
+            lines.append(_phase_line(plan, index))
+    return lines
+
+
+def _phase_line(plan: Plan, index: int) -> str:
+    phase, flops = plan.phases[index], plan.step_flops[index]
+    live, _ = phase_parameters(plan.config, phase, plan.signatures[index])
+    return (
+        f"{phase.name:<12} {phase.steps:>7} {readable_count(phase.steps * plan.tokens_per_step):>8} "
+        f"{readable_count(phase.steps * flops):>8} {readable_count(live):>8}  {_path_text(phase)}"
+    )
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    """Device memory of the phase that needs most, by what fills it, then host and disk."""
+    largest = max(range(len(plan.phases)), key=lambda index: phase_device_bytes(plan, index).total)
+    device = phase_device_bytes(plan, largest)
+    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in dataclasses.asdict(device).items() if count)
+    rack = readable_bytes(rack_bytes(plan.config))
+    return [
+        f"device   about {readable_bytes(device.total)} in {plan.phases[largest].name}: {parts}",
+        f"host     {rack} of frozen parts at the end, besides the program",
+        f"disk     {rack} of frozen parts at the end, and {plan.config.checkpoint.keep} snapshot(s) of the live state",
+    ]
 
 
 def _path_text(phase: Phase) -> str:
@@ -162,10 +217,3 @@ def _path_text(phase: Phase) -> str:
     if phase.live_stacks and phase.execution == "chained":
         roles.append("chained")
     return ", ".join(roles)
-
-
-def _disk_bytes(config: RunConfig) -> int:
-    """The finished rack: frozen parts in trunk precision (embedding and head in float32)."""
-    blocks = config.model.n_blocks * budget.block_parameters(config.model)
-    rest = count_parameters(config.model) - blocks
-    return blocks * budget.item_bytes(config.precision.trunk) + 4 * rest

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stackwise_jax.memory.fingerprint import named_leaves, tree_digest
+from stackwise_jax.memory.placement import to_host
 from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.models.rack import init_embedding, init_head, init_rack_stack
 from stackwise_jax.schema import RunConfig
@@ -35,7 +36,10 @@ class TrainState:
 
 @dataclasses.dataclass
 class Frozen:
-    """The settled parts of the rack, as stored, and the digest of each ("embedding", "head", or a stack's number)."""
+    """The settled parts of the rack, as stored, on the host, and the digest of each.
+
+    Digests are by name: "embedding", "head", or a stack's number.
+    """
 
     embedding: Params | None = None
     stacks: dict[int, Params] = dataclasses.field(default_factory=dict)
@@ -44,6 +48,7 @@ class Frozen:
 
     def keep(self, kind: str, name: str, tree: Params) -> None:
         """Takes a part in; `kind` is "embedding", "stacks" or "head"."""
+        tree = to_host(tree)
         self.digests[name] = tree_digest(tree)
         if kind == "stacks":
             self.stacks[int(name)] = tree

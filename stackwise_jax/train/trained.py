@@ -8,6 +8,7 @@ import jax
 from stackwise_jax import config as config_lib
 from stackwise_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stackwise_jax.errors import UserError
+from stackwise_jax.memory.placement import to_device
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train import checkpoint
 from stackwise_jax.train.curriculum import make_curriculum, signature
@@ -71,11 +72,12 @@ def _assemble(workdir: Path, folder: Path, config: RunConfig, meta: dict) -> Par
         live = checkpoint.read_tree(folder, shape).params
         if "stacks" in live:
             stacks |= dict(zip(phase.live_stacks, live["stacks"], strict=True))
-    return {
+    rack = {
         "embedding": live.get("embedding", frozen.embedding),
         "stacks": [stacks[stack] for stack in sorted(stacks)],
         "head": live.get("head", frozen.head),
     }
+    return to_device(rack)
 
 
 def _cut(workdir: Path, config: RunConfig, meta: dict, rack: Params, n_stacks: int) -> Params:
@@ -86,7 +88,7 @@ def _cut(workdir: Path, config: RunConfig, meta: dict, rack: Params, n_stacks: i
     if reference is not None:
         has_table = config.training.head == "copy" or not config.model.ties_embedding
         shape = part_shape(config, jax.random.key(0), "head", "head", head_has_table=has_table)
-        head = checkpoint.read_tree(workdir / "stacks" / reference, shape)
+        head = to_device(checkpoint.read_tree(workdir / "stacks" / reference, shape))
     elif config.training.head != "frozen" or not 0 < n_stacks <= len(rack["stacks"]):
         depths = ", ".join(str(int(stack) + 1) for stack in sorted(taps, key=int)) or "none"
         raise UserError(

@@ -17,6 +17,7 @@ from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.data.pipeline import ChunkLayout, validation_batches
 from stackwise_jax.memory import fingerprint
 from stackwise_jax.memory.activations import ActivationCache, DeviceStore
+from stackwise_jax.memory.placement import to_device
 from stackwise_jax.memory.precision import DTYPES
 from stackwise_jax.models.rack import apply_embedding
 from stackwise_jax.models.stack import apply_stack
@@ -69,35 +70,41 @@ class TrunkInputs:
             )
         )
         self._caches: dict[str, ActivationCache] = {}
+        self._embedding: Params | None = None  # with the trunk, on the device while a phase recomputes
+        self._trunk: list[Params] = []
 
     def prepare(self, phase: Phase, frozen: Frozen, note: Callable[[str], None]) -> None:
-        """Brings the caches to the phase's trunk: nothing to do, one advance, or a rebuild from tokens."""
+        """Brings the caches to the phase's trunk, by an advance or a rebuild; uncached, the trunk to the device."""
+        self._embedding, self._trunk = None, []
         if not phase.cached:
             self._caches = {}
+            if phase.reads_activations:
+                assert frozen.embedding is not None
+                self._embedding = to_device(frozen.embedding)
+                self._trunk = [to_device(frozen.stacks[stack]) for stack in phase.trunk]
             return
         if not self._caches:
             self._caches = {"train": self._make_cache("train"), "held out": self._make_cache("held out")}
         for name, cache in self._caches.items():
             self._bring(name, cache, phase.trunk, frozen, note)
 
-    def training_batch(self, phase: Phase, frozen: Frozen, batch: Batch) -> tuple[Batch, Array | None]:
+    def training_batch(self, phase: Phase, batch: Batch) -> tuple[Batch, Array | None]:
         """Returns the batch as the step must see it and the trunk's output for it (None: start from tokens)."""
         if phase.cached:
             variant = np.mod(batch.visits, self._variants).astype(np.int32)
             batch = dataclasses.replace(batch, visits=variant)
             return batch, self._caches["train"].read(batch)
-        return batch, self._recompute(phase, frozen, batch)
+        return batch, self._recompute(batch)
 
-    def held_out_batches(self, phase: Phase, frozen: Frozen) -> Iterator[tuple[Batch, Array | None]]:
+    def held_out_batches(self, phase: Phase) -> Iterator[tuple[Batch, Array | None]]:
         """The held-out batches with the trunk's output for them."""
         for batch in self.held_out:
-            yield batch, self._caches["held out"].read(batch) if phase.cached else self._recompute(phase, frozen, batch)
+            yield batch, self._caches["held out"].read(batch) if phase.cached else self._recompute(batch)
 
-    def _recompute(self, phase: Phase, frozen: Frozen, batch: Batch) -> Array | None:
-        if not phase.reads_activations:
+    def _recompute(self, batch: Batch) -> Array | None:
+        if self._embedding is None:
             return None
-        assert frozen.embedding is not None
-        return self._forward.trunk_output(frozen.embedding, [frozen.stacks[i] for i in phase.trunk], batch)
+        return self._forward.trunk_output(self._embedding, self._trunk, batch)
 
     def _make_cache(self, name: str) -> ActivationCache:
         config = self._program.config
@@ -127,14 +134,13 @@ class TrunkInputs:
         start = next((depth for depth in range(len(trunk)) if cache.fingerprint == chain[depth]), None)
         if start is None:
             cache.require(chain[-1], on_mismatch=self._program.config.cache.on_mismatch)
-            embedding = frozen.embedding
-            assert embedding is not None
+            assert frozen.embedding is not None
+            embedding = to_device(frozen.embedding)
             for share in cache.fill(lambda batch: self._forward.embed(embedding, batch), chain[0]):
                 note(f"filling the {name} cache {100 * share:.0f}%")
             start = 0
         for depth in range(start, len(trunk)):
-            stack = frozen.stacks[trunk[depth]]
-            forward = functools.partial(self._forward.forward, stack)
+            forward = functools.partial(self._forward.forward, to_device(frozen.stacks[trunk[depth]]))
             for share in cache.advance(forward, chain[depth + 1]):
                 note(f"advancing the {name} cache through stack {trunk[depth]} {100 * share:.0f}%")
 

@@ -79,13 +79,10 @@ def test_a_70b_token_takes_16_kib_in_bf16():
     assert budget.row_bytes(config, 1) == 4096 * 16 * 1024
 
 
-def test_device_bytes_of_a_phase():
-    config = config_of(TINY, data={"seq_len": 16}, precision={"trunk": "bf16"}, training={"batch_size": 4})
-    need = budget.phase_device_bytes(config, live=1000, frozen=300, live_blocks=1, cached_rows=8, variants=2)
-    assert (need.live_weights, need.optimizer, need.gradients) == (4000, 8000, 4000)
-    assert need.frozen == 600
-    assert need.cache == budget.cache_bytes(config, 8, 2)
-    assert need.total == 4000 + 8000 + 4000 + 600 + need.cache + need.activations
+def test_muon_keeps_one_moment_of_what_is_in_stacks():
+    adamw, muon = (config_of(TINY, optimizer={"name": name}) for name in ("adamw", "muon"))
+    assert budget.optimizer_bytes(adamw, live=1000, live_in_stacks=600) == 8000
+    assert budget.optimizer_bytes(muon, live=1000, live_in_stacks=600) == 8000 - 4 * 600
 
 
 @pytest.mark.parametrize(
@@ -99,9 +96,8 @@ def test_device_bytes_of_a_phase():
 def test_kept_activations_follow_remat(remat: str, per_token: int):
     training = {"batch_size": 4, "accumulation_steps": 2, "remat": remat, "loss_chunk_tokens": 8}
     config = config_of(TINY, data={"seq_len": 16}, training=training)
-    need = budget.phase_device_bytes(config, live=0, frozen=0, live_blocks=3, cached_rows=0, variants=1)
     tokens = 2 * 16
-    assert need.activations == tokens * 4 * (3 * per_token + 2 * 32) + 8 * 8 * 64
+    assert budget.activation_bytes(config, 3) == tokens * 4 * (3 * per_token + 2 * 32) + 8 * 8 * 64
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from stackwise_jax.config import resolve
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory import budget
+from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import (
     FUSED_STACKS,
@@ -21,7 +22,7 @@ from stackwise_jax.train.curriculum import (
     stack_sizes,
     uncachable,
 )
-from stackwise_jax.train.plan import describe, make_plan, phase_parameters
+from stackwise_jax.train.plan import describe, make_plan, phase_device_bytes, phase_parameters
 
 LIVE, FROZEN = Role.LIVE, Role.FROZEN
 
@@ -182,12 +183,31 @@ def test_plans_render_and_count_every_parameter(config: RunConfig):
     assert all(phase.name in text for phase in plan.phases)
     assert f"{plan.compilations} distinct train" in text
     assert plan.flops > 0
-    live, frozen = phase_parameters(config, plan.phases[-1], plan.signatures[-1])
-    tied_copy = config.training.head == "copy" and plan.signatures[-1].head_has_table
-    table = config.model.vocab_size * config.model.d_model if tied_copy else 0
-    from stackwise_jax.models.rack import count_parameters
+    in_stacks = sum(phase_parameters(config, *pair)[1] for pair in zip(plan.phases, plan.signatures, strict=True))
+    assert in_stacks == config.model.n_blocks * budget.block_parameters(config.model)
+    everything_live, _ = phase_parameters(config, plan.phases[0], plan.signatures[0])
+    if config.training.mode == "end_to_end":
+        assert everything_live == count_parameters(config.model)
 
-    assert live + frozen == count_parameters(config.model) + table
+
+def test_device_bytes_of_a_phase():
+    config = config_of(3, mode="layerwise", head="frozen")
+    plan = make_plan(config, 64)
+    block, sizes = budget.block_parameters(config.model), config.model.vocab_size * config.model.d_model
+    need = phase_device_bytes(plan, 3)
+    assert (need.weights, need.optimizer, need.gradients) == (4 * block, 8 * block, 4 * block)
+    assert need.frozen == 4 * (block + sizes + config.model.d_model)  # the stack being advanced through, and the head
+    assert need.cache == budget.cache_bytes(config, 64, 1)
+    assert need.total == need.weights + need.optimizer + need.gradients + need.frozen + need.activations + need.cache
+
+
+def test_device_bytes_do_not_grow_with_depth_but_for_a_recomputed_trunk():
+    def frozen_bytes(**training: Any) -> list[int]:
+        plan = make_plan(config_of(6, mode="layerwise", **training), 64)
+        return [phase_device_bytes(plan, index).frozen for index in range(2, len(plan.phases))]
+
+    assert len(set(frozen_bytes())) == 1
+    assert len(set(frozen_bytes(progressive={"cache_activations": False}))) == 5
 
 
 @pytest.mark.parametrize("head", ["live", "frozen"])
