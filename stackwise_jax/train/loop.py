@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -126,9 +127,11 @@ class Run:
 
     def to_end(self) -> Result:
         """Trains every phase that is left."""
-        while self.position.phase < len(self.plan.phases):
-            self._run_phase(self.plan.phases[self.position.phase], self.plan.signatures[self.position.phase])
-        self.writer.close()
+        try:
+            while self.position.phase < len(self.plan.phases):
+                self._run_phase(self.plan.phases[self.position.phase], self.plan.signatures[self.position.phase])
+        finally:
+            self.writer.close()
         frozen = self.frozen
         stacks = [frozen.stacks[stack] for stack in sorted(frozen.stacks)]
         rack = {"embedding": frozen.embedding, "stacks": stacks, "head": frozen.head}
@@ -303,7 +306,7 @@ def _no_references() -> dict[str, dict[str, str]]:
 
 def _read(pending: tuple[int, dict[str, Array]]) -> dict[str, float]:
     """Fetches the metrics of a step; stops the run before numbers that are not numbers are stored."""
-    values = {name: float(value) for name, value in pending[1].items()}
+    values = {name: float(value) for name, value in jax.device_get(pending[1]).items()}
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
         raise UserError(
             f"loss={values['loss']} and gradient norm={values['gradient_norm']} at phase step {pending[0]}; the run "

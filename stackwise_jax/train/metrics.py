@@ -1,6 +1,7 @@
 """What a run says while it runs: JSON lines always, TensorBoard when installed, and a progress line for people."""
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -56,7 +57,7 @@ class MetricsWriter:
         kept = [line for line in whole if json.loads(line)["step"] <= resume_step]
         self._path.write_text("".join(kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard")
+        self._board_folder = folder / "tensorboard"
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Writes one object; numbers also go to TensorBoard as `kind/name`."""
@@ -68,17 +69,19 @@ class MetricsWriter:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
+        """Closes every file; nothing may be written after it."""
         self._file.close()
-        if self._board is not None:
+        if "_board" in vars(self) and self._board is not None:
             self._board.close()
 
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder))
+    @functools.cached_property
+    def _board(self) -> Any:
+        """The TensorBoard writer, made with the first value; None where the extra is not installed."""
+        try:
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            return None
+        return SummaryWriter(str(self._board_folder))
 
 
 class Progress:
