@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 
 
 class UserError(ValueError):
@@ -30,9 +31,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit code 2."""
+    """Turns a `UserError` into one line on stderr and exit code 2, and Ctrl-C into one line and 130."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
+    except KeyboardInterrupt:
+        print("\nstopped; a run continues from its newest snapshot with the same command", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None

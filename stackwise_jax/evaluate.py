@@ -24,12 +24,12 @@ from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evals.likelihood import RowLosses, held_out_loss
 from stackwise_jax.models.rack import apply_rack, output_table, row_context
-from stackwise_jax.objectives.objective import Vocabulary, make_corrupt
+from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.ops.loss import token_losses
 from stackwise_jax.schema import DataConfig
 from stackwise_jax.train.step import Program
 from stackwise_jax.train.trained import Trained, load_trained
-from stackwise_jax.types import Batch, Params
+from stackwise_jax.types import Batch, Params, Vocabulary
 
 
 def make_options() -> flags.FlagValues:

@@ -65,3 +65,18 @@ class Example:
     weights: Float[AnyArray, "B T"]
     segments: Int[AnyArray, "B T"]
     positions: Int[AnyArray, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The ids that objectives must know.
+
+    Attributes:
+      size: pieces of the tokenizer; ids at or above it never occur.
+      mask_id: what hides a token.
+      special_ids: never hidden and never a random replacement.
+    """
+
+    size: int
+    mask_id: int
+    special_ids: tuple[int, ...]

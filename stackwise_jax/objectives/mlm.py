@@ -1,19 +1,12 @@
 """Masked language modelling: hidden places predict themselves (Devlin et al., 2019), at one rate or over a range."""
 
-from __future__ import annotations
-
-import typing
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from stackwise_jax.objectives import masks
 from stackwise_jax.schema import ObjectiveConfig
-from stackwise_jax.types import Batch, Example, Key
-
-if typing.TYPE_CHECKING:
-    from stackwise_jax.objectives.objective import Vocabulary
+from stackwise_jax.types import Batch, Example, Key, Vocabulary
 
 # Streams of the mask key, so that scores, replacements and rates are independent.
 SCORES, REPLACEMENTS, RATES = 0, 1, 2

@@ -1,28 +1,11 @@
 """From the config to `corrupt`: the one function through which every step sees its data."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
 from stackwise_jax.objectives import clm, mlm
 from stackwise_jax.schema import ObjectiveConfig
-from stackwise_jax.types import Batch, Example, Key
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """The ids that objectives must know.
-
-    Attributes:
-      size: pieces of the tokenizer; ids at or above it never occur.
-      mask_id: what hides a token.
-      special_ids: never hidden and never a random replacement.
-    """
-
-    size: int
-    mask_id: int
-    special_ids: tuple[int, ...]
-
+from stackwise_jax.types import Batch, Example, Key, Vocabulary
 
 Corrupt = Callable[[Key, Batch], Example]
 """(key of the run's masks, batch) -> example; jittable. `batch.visits` chooses the variant of each row."""

@@ -22,7 +22,7 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.memory import budget
 from stackwise_jax.memory.placement import to_device
 from stackwise_jax.memory.precision import to_storage
-from stackwise_jax.objectives.objective import Vocabulary, make_corrupt, variants
+from stackwise_jax.objectives.objective import make_corrupt, variants
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import checkpoint
 from stackwise_jax.train.chained import make_chained_step
@@ -42,7 +42,7 @@ from stackwise_jax.train.state import (
 )
 from stackwise_jax.train.step import Program, make_evaluation, make_train_step
 from stackwise_jax.train.trunk import TrunkInputs
-from stackwise_jax.types import Params
+from stackwise_jax.types import Params, Vocabulary
 
 MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
 

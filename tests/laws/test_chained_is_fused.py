@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from stackwise_jax.models.rack import init_rack
-from stackwise_jax.objectives.objective import Vocabulary, make_corrupt
+from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.train.chained import ChainedGradients, make_chained_step
 from stackwise_jax.train.curriculum import Role, Signature
 from stackwise_jax.train.optimizer import init_part, make_transforms
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.train.step import Program, make_gradients, make_train_step
-from stackwise_jax.types import Batch, Params
+from stackwise_jax.types import Batch, Params, Vocabulary
 
 LIVE, FROZEN = Role.LIVE, Role.FROZEN
 PATHS = {

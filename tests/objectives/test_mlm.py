@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stackwise_jax.objectives.objective import Vocabulary, make_corrupt, variants
+from stackwise_jax.objectives.objective import make_corrupt, variants
 from stackwise_jax.schema import ObjectiveConfig
-from stackwise_jax.types import Batch, Example
+from stackwise_jax.types import Batch, Example, Vocabulary
 
 VOCABULARY = Vocabulary(size=64, mask_id=4, special_ids=(0, 1, 2, 3, 4, 5, 6))
 MLM = ObjectiveConfig(name="mlm", rate_min=0.5, rate_max=0.5)

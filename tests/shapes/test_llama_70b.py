@@ -11,13 +11,13 @@ import pytest
 
 from stackwise_jax.config import resolve
 from stackwise_jax.models.rack import count_parameters, init_rack
-from stackwise_jax.objectives.objective import Vocabulary, make_corrupt
+from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import Phase, Role, make_curriculum, signature, stack_sizes
 from stackwise_jax.train.plan import describe, make_plan
 from stackwise_jax.train.state import part_shape, snapshot_shape
 from stackwise_jax.train.step import Program, make_train_step
-from stackwise_jax.types import Batch
+from stackwise_jax.types import Batch, Vocabulary
 
 CONFIG_FILE = Path(__file__).resolve().parents[2] / "configs" / "llama_70b.py"
 PARAMETERS = 68_976_648_192
