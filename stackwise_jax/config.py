@@ -210,7 +210,7 @@ def _check_ranges(config: RunConfig) -> None:
     for field in _FRACTIONS:
         _require(0.0 <= value_of(field) <= 1.0, f"{field}={value_of(field)} must lie between 0 and 1")
     _require(config.seed < 2**32, f"seed={config.seed} must be below 2**32")
-    for field in ("model.dropout", "optimizer.beta1", "optimizer.beta2"):
+    for field in ("model.dropout", "optimizer.beta1", "optimizer.beta2", "data.validation_fraction"):
         _require(value_of(field) < 1.0, f"{field}={value_of(field)} must be below 1")
 
 
@@ -321,5 +321,5 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [
         f"{field}={before[field]!r} (now {after[field]!r})"
         for field in before
-        if before[field] != after[field] and field.split(".")[0] not in FREE_SECTIONS
+        if before[field] != after[field] and field.split(".")[0] not in FREE_SECTIONS and field != "data.cache_dir"
     ]

@@ -6,6 +6,7 @@ prints the message and exits with 2. A traceback therefore always means a fault 
 
 import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -31,10 +32,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit code 2, and Ctrl-C into one line and 130."""
+    """Turns a `UserError` or a failing disk into one line on stderr and exit code 2, and Ctrl-C into one and 130."""
     try:
         yield
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except BrokenPipeError:  # the reader of our output has gone; nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except OSError as error:  # a full disk, a vanished mount, a missing permission
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt:

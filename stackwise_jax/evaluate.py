@@ -23,7 +23,7 @@ from stackwise_jax.data.sources import iterate_documents
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evals.likelihood import RowLosses, held_out_loss
-from stackwise_jax.models.rack import apply_rack, output_table, row_context
+from stackwise_jax.models.rack import apply_rack, output_table
 from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.ops.loss import token_losses
 from stackwise_jax.schema import DataConfig
@@ -130,10 +130,10 @@ def _own_batches(trained: Trained, rows: int | None) -> Iterator[Batch]:
         corpus = prepare_corpus(config, report=lambda line: print(line, file=sys.stderr, flush=True))
     except UserError as error:
         raise UserError(f"the run's own text cannot be opened: {error}; or give other text with --source") from None
-    if corpus.tokenizer.digest != trained.tokenizer.digest:
+    if corpus.digest != trained.corpus_digest:
         raise UserError(
-            f"data.source={config.data.source!r} is not the text that the run was trained on, for it gives another "
-            "tokenizer; restore it, or give other text with --source"
+            f"data.source={config.data.source!r} is not the text that the run was trained on: it has changed since; "
+            "restore it, or give other text with --source"
         )
     return validation_batches(
         corpus.validation,
@@ -154,8 +154,7 @@ def _measures(trained: Trained) -> tuple[RowLosses, Callable[[Batch], int]]:
     @jax.jit
     def measure(rack: Params, batch: Batch) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
         example = program.corrupt(program.mask_key, batch)
-        context = row_context(config.model, example.segments, example.positions)
-        hidden = apply_rack(rack, example.inputs, context, config.model, dtype=program.dtype)
+        hidden = apply_rack(rack, example.inputs, program.context(example), config.model, dtype=program.dtype)
         table = output_table(rack["head"], rack["embedding"]).astype(program.dtype)
         losses = token_losses(
             hidden.reshape(-1, hidden.shape[-1]),

@@ -1,11 +1,14 @@
-"""`python -m stackwise_jax.main --config=configs/quickstart.py`: flags, then config, then run. Short on purpose."""
+"""`python -m stackwise_jax.main --config=configs/quickstart.py`: trains a run, or continues it."""
 
+import dataclasses
 import inspect
 import re
 import sys
 import traceback
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -34,7 +37,7 @@ def main(config: RunConfig) -> None:
         return
     from stackwise_jax.report import train_and_report
 
-    train_and_report(config, Path(FLAGS.workdir or Path("runs") / config.name))
+    train_and_report(config, Path(FLAGS.workdir or Path("runs") / config.name).expanduser())
 
 
 def run_program(program: Callable[[RunConfig], None], argv: list[str] | None = None) -> None:
@@ -54,16 +57,36 @@ def load_config(argv: list[str]) -> RunConfig:
       UserError: no config, a missing or failing file, an unknown flag or field, a wrong type.
     """
     path = _config_path(argv)
+    argv, unset = _take_unset(argv)
     try:
         rest = FLAGS(argv)
     except flags.Error as error:
         reason = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         raise UserError(reason.removeprefix("FATAL Flags parsing error: ")) from None
+    except UserError:
+        raise
     except Exception as error:  # a config file is code and may raise anything
         raise UserError(_explain(path, error)) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; every option is a flag, --name=value")
-    return config_lib.resolve(FLAGS.config)
+    if FLAGS.config is None:
+        raise UserError(f"{path}: get_config() returned None; end it with `return config`")
+    entries = FLAGS.config.to_dict()
+    for field in unset:
+        section: Any = entries
+        *sections, name = field.split(".")
+        for part in sections:
+            section = section[part] if isinstance(section, dict) and part in section else {}
+        if name not in section:
+            raise UserError(f"unknown config field {field}.{did_you_mean(name, section)}")
+        section[name] = None
+    return config_lib.resolve(entries)
+
+
+def _take_unset(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Takes out `--config.field=None`, which typed flags cannot parse; returns the rest and those fields."""
+    unset = [match[1] for argument in argv if (match := re.fullmatch(r"--?config\.([\w.]+)=None", argument))]
+    return [argument for argument in argv if not re.fullmatch(r"--?config\.[\w.]+=None", argument)], unset
 
 
 def _config_path(argv: list[str]) -> Path:
@@ -80,26 +103,33 @@ def _config_path(argv: list[str]) -> Path:
 
 def _explain(path: Path, error: Exception) -> str:
     """One line for an exception out of a config file or an override: where, what, and the library's own hint."""
-    text = " ".join(str(error).strip("\"'").replace("\\n", " ").split()).strip("\"' ") or type(error).__name__
+    text = str(error).partition("Other fields present")[0].replace("\\n", " ").replace("\\'", "'")
+    text = " ".join(text.split()).strip("\"' ") or type(error).__name__
+    if "has no attribute 'get_config" in text:
+        text = "it must define get_config(), which returns the config"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
-    where = f"{path}:{frames[-1].lineno}" if frames else "--config"
-    return f"{where}: {text}"
+    if not frames and isinstance(error, AttributeError | KeyError) and "get_config" not in text:
+        return f"unknown config field: {text.replace(chr(39), '')}"
+    return f"{path}:{frames[-1].lineno}: {text}" if frames else f"{path}: {text}"
 
 
 def help_text(module: object) -> str:
     """The program's own sentence, its flags, and every config field with its default and meaning."""
-    lines = [inspect.getdoc(module) or "", "", "Flags:"]
+    lines = [(inspect.getdoc(module) or "").splitlines()[0], "", "Flags:"]
     lines += [f"  --{name:<13} {FLAGS[name].help}" for name in ("config", "workdir", "plan", "print_config")]
-    lines += ["", "Config fields (--config.model.d_model=512):"]
-    fields = re.compile(r"    (\w+): [^=]+ = (.+?)(?:  # (.*))?$")
-    for section, kind in schema.RunConfig.__annotations__.items():
-        if not inspect.isclass(kind) or kind.__module__ != schema.__name__:
-            continue
-        lines += ["", f"  {section}: {(kind.__doc__ or '').strip().splitlines()[0]}"]
-        for line in inspect.getsource(kind).splitlines():
-            if match := fields.match(line):
-                lines.append(f"    {match[1]:<28} {match[2]:<14} {match[3] or ''}".rstrip())
+    lines += ["", "Config fields (--config.model.d_model=512):", *_fields_help(schema.RunConfig, "")]
     return "\n".join(lines)
+
+
+def _fields_help(section: Any, prefix: str) -> list[str]:
+    """A line a field, read from the source of `schema.py`; inner sections come last, under their own names."""
+    fields = re.compile(r"    (\w+): [^=]+ = (.+?)(?:  # (.*))?$")
+    inner = {name: kind for name, kind in typing.get_type_hints(section).items() if dataclasses.is_dataclass(kind)}
+    lines = ["", f"  {prefix.rstrip('.')}: {(section.__doc__ or '').strip().splitlines()[0]}"] if prefix else []
+    matches = filter(None, map(fields.match, inspect.getsource(section).splitlines()))
+    own = [match for match in matches if match[1] not in inner]
+    lines += [f"    {prefix + match[1]:<44} {match[2]:<14} {match[3] or ''}".rstrip() for match in own]
+    return lines + [line for name, kind in inner.items() for line in _fields_help(kind, f"{prefix}{name}.")]
 
 
 if __name__ == "__main__":

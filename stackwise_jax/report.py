@@ -21,6 +21,7 @@ from stackwise_jax.evals.ngram import Pairs, ngram_scores
 from stackwise_jax.generate.autoregressive import continue_texts, printable
 from stackwise_jax.schema import ArchitectureConfig, RunConfig
 from stackwise_jax.train import loop
+from stackwise_jax.train.checkpoint import refuse_foreign
 from stackwise_jax.train.plan import make_plan
 
 CONTROL_FOLDER = "control_one_block"
@@ -35,6 +36,7 @@ def train_and_report(config: RunConfig, workdir: Path) -> None:
     Raises:
       UserError: see `prepare_corpus` and `loop.run`.
     """
+    refuse_foreign(workdir, config)  # before hours may go into a corpus
     corpus = prepare_corpus(config, report=lambda line: print(line, file=sys.stderr, flush=True))
     result = loop.run(config, corpus, workdir)
     rows = _held_out_rows(result.held_out)

@@ -11,8 +11,8 @@ import dataclasses
 class ArchitectureConfig:
     """The rack: `n_stacks` stacks of `blocks_per_stack` blocks."""
 
-    n_stacks: int = 4
-    blocks_per_stack: int = 1
+    n_stacks: int = 4  # stacks of the rack
+    blocks_per_stack: int = 1  # blocks in each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,25 +20,25 @@ class ModelConfig:
     """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
 
     vocab_size: int = 2048  # rows of the token table; the tokenizer has at most as many pieces
-    d_model: int = 128
-    n_heads: int = 4
+    d_model: int = 128  # width of the residual stream
+    n_heads: int = 4  # query heads
     n_kv_heads: int | None = None  # None: n_heads (multi-head); fewer: grouped queries
     d_head: int | None = None  # None: d_model / n_heads
-    d_ff: int = 512
+    d_ff: int = 512  # hidden width of the feed-forward
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_position: str = "pre"  # pre | post (post has no final norm: the last block ends in one)
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = 1e-5  # added to the variance
     ffn: str = "swiglu"  # swiglu | geglu | gelu
     positions: str = "rotary"  # rotary | learned | none
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # longest wavelength of rotary positions, over 2 pi
     max_positions: int | None = None  # rows of a learned table; None: data.seq_len
     embedding_norm: bool = False  # a norm right after the embedding, as in BERT
-    use_bias: bool = False
+    use_bias: bool = False  # in every linear map of a block
     ties_embedding: bool = False  # the head reads the embedding's table
-    dropout: float = 0.0
+    dropout: float = 0.0  # of live stacks and a live embedding; a frozen trunk has none
     attention: str = "causal"  # causal | bidirectional
     attention_implementation: str = "auto"  # auto | reference | xla | cudnn; a named one that cannot serve is an error
-    init_std: float = 0.02
+    init_std: float = 0.02  # of every matrix; maps onto the residual stream start smaller
     architecture: ArchitectureConfig = ArchitectureConfig()
 
     @property
@@ -52,10 +52,10 @@ class DataConfig:
 
     source: str = "embedded"  # embedded (the Python standard library's text) | files and globs, comma-separated
     validation_source: str = ""  # files and globs; empty: hold out `validation_fraction` of the documents
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.05  # of documents, chosen by a hash of their text
     text_field: str = "text"  # of .jsonl files
     tokenizer: str = ""  # a SentencePiece model file; empty: train one of model.vocab_size pieces on the source
-    seq_len: int = 256
+    seq_len: int = 256  # tokens a row
     isolate_documents: bool = True  # attention stays inside a document of a packed row
     max_bytes: int | None = None  # of text read; None: all
     max_rows: int | None = None  # rows trained on; None: all
@@ -68,10 +68,10 @@ class ObjectiveConfig:
 
     name: str = "clm"  # clm | mlm
     rate_min: float = 0.15  # equal to rate_max: a fixed rate
-    rate_max: float = 0.15
+    rate_max: float = 0.15  # highest masked fraction
     mask_form: str = "bernoulli"  # bernoulli | count
     replacement: str = "bert"  # bert (80 % mask, 10 % random, 10 % kept) | mask (always the mask)
-    mask_variants: int = 4  # different corruptions of a row while its activations are cached
+    mask_variants: int = 4  # corruptions of a row in the cache; visits beyond them see these again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,9 @@ class ProgressiveConfig:
     """How a rack grows, one stack a phase."""
 
     enabled: bool = True  # False: every stack is live in one phase, which is training.mode='end_to_end'
-    trunk_strategy: str = "frozen"
+    trunk_strategy: str = "frozen"  # frozen
     new_stack_precision: str | None = None  # compute precision of the live stack; None: precision.compute
-    # Keep what the trunk outputs, so that depth k costs what depth 1 costs. None: wherever a path allows it.
-    cache_activations: bool | None = None
+    cache_activations: bool | None = None  # keep what the trunk puts out; None: wherever a path allows it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +107,17 @@ class OptimizerConfig:
     """AdamW (Loshchilov and Hutter, 2019) or Muon (Jordan, 2024), and the schedule that every phase restarts."""
 
     name: str = "adamw"  # adamw | muon (matrices of the blocks; the rest by AdamW)
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.02
+    learning_rate: float = 1e-3  # peak
+    muon_learning_rate: float = 0.02  # peak, of what Muon trains
     head_learning_rate_scale: float = 1.0  # of a head that stays live after the embedding is settled
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    beta1: float = 0.9  # decay of the mean gradient
+    beta2: float = 0.95  # decay of the mean squared gradient
+    epsilon: float = 1e-8  # added to the root of the mean squared gradient
     weight_decay: float = 0.1  # of matrices only
     clip_norm: float = 1.0  # global gradient norm; 0: no clip
     schedule: str = "wsd"  # wsd (warm-up, stable, linear decay) | cosine
-    warmup_fraction: float = 0.05
-    decay_fraction: float = 0.2  # of wsd
+    warmup_fraction: float = 0.05  # of the phase
+    decay_fraction: float = 0.2  # of the phase, in wsd
     final_fraction: float = 0.1  # learning rate at the end, of its peak
 
 
@@ -135,8 +134,8 @@ class PrecisionConfig:
 class CacheConfig:
     """The activation cache."""
 
-    tier: str = "device"
-    chunk_bytes: int = 128 * 2**20
+    tier: str = "device"  # device
+    chunk_bytes: int = 128 * 2**20  # of activations that move together; rows are shuffled inside a chunk
     on_mismatch: str = "rebuild"  # rebuild | stop
 
 
@@ -144,9 +143,9 @@ class CacheConfig:
 class CheckpointConfig:
     """Snapshots of the live state; every phase boundary is one besides."""
 
-    every_minutes: float = 10.0
-    every_steps: int | None = None
-    keep: int = 2
+    every_minutes: float = 10.0  # between snapshots
+    every_steps: int | None = None  # also every so many steps of a phase
+    keep: int = 2  # snapshots kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,19 +162,19 @@ class EvaluationConfig:
 class GenerationConfig:
     """Samples printed when a causal run ends."""
 
-    samples: int = 0
-    tokens: int = 96
-    prompt: str = ""
-    temperature: float = 0.8
+    samples: int = 0  # how many
+    tokens: int = 96  # at most, of each
+    prompt: str = ""  # empty: from the beginning of a document
+    temperature: float = 0.8  # 0: always the likeliest
     top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    top_p: float = 1.0  # 1: all
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
     """Metrics go to metrics.jsonl always, and to TensorBoard files when the `tensorboard` extra is installed."""
 
-    every_steps: int = 10
+    every_steps: int = 10  # between lines of metrics.jsonl
     peak_flops: float | None = None  # FLOP/s that MFU is a share of; None: the device table in train/metrics.py
 
 
@@ -183,8 +182,8 @@ class LoggingConfig:
 class RunConfig:
     """One run. Every field of every section is documented where it is declared."""
 
-    name: str = "run"
-    seed: int = 0
+    name: str = "run"  # names the run folder where --workdir does not
+    seed: int = 0  # of weights, order, masks and dropout
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

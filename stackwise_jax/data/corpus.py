@@ -308,6 +308,11 @@ def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, s
 
 def _require_both(writers: dict[str, "_SplitWriter"], data: DataConfig) -> None:
     counts = {name: writer.n_documents for name, writer in writers.items()}
+    if sum(counts.values()) == 1:
+        raise UserError(
+            f"data.source={data.source!r} is one document, which cannot be split: give more files, or name held-out "
+            "files in data.validation_source"
+        )
     for name, count in counts.items():
         if not count:
             raise UserError(

@@ -79,6 +79,7 @@ class ActivationCache:
             raise ValueError(f"{n_rows} rows in chunks of {rows_per_chunk} in batches of {batch_size} do not divide")
         self.fingerprint: str | None = None
         self.cursor = 0
+        self._target: str | None = None  # fingerprint that an advance under way leads to
         self._store, self._rows = store, rows
         self._rows_per_chunk, self._batch_size = rows_per_chunk, batch_size
         self._chunks_per_variant, self._variants = n_rows // rows_per_chunk, variants
@@ -107,8 +108,13 @@ class ActivationCache:
         """Runs every row through one more stack, in place. Yields the share done after every chunk.
 
         Stopped between two chunks it can be called again with the same stack and goes on at `cursor`.
+
+        Raises:
+          ValueError: an advance to another fingerprint is under way.
         """
-        self.fingerprint = None
+        if self.cursor and self._target != fingerprint:
+            raise ValueError("this cache is in the middle of an advance through another stack; fill it again")
+        self.fingerprint, self._target = None, fingerprint
         for chunk in range(self.cursor, self.n_chunks):
             values = self._store.take(chunk)
             for offset, batch in self._batches(chunk):

@@ -21,7 +21,7 @@ def block_parameters(model: ModelConfig) -> int:
 def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
     """FLOPs of one block a token, forward."""
     table = weights.block_table(model)
-    kernels = [table["mlp"], {name: table["attention"][name] for name in table["attention"]}]
+    kernels = [table["mlp"], table["attention"]]
     matrices = sum(w.size for part in kernels for linear in part.values() for w in linear.values() if w.is_matrix)
     seen = seq_len / 2 if model.attention == "causal" else seq_len
     head_width = typing.cast(int, model.d_head)
@@ -53,11 +53,6 @@ def cache_bytes(config: RunConfig, n_rows: int, variants: int) -> int:
     """Bytes of cached activations of `n_rows` rows."""
     row = config.data.seq_len * config.model.d_model * item_bytes(config.precision.cache)
     return n_rows * variants * row
-
-
-def row_bytes(config: RunConfig, variants: int) -> int:
-    """Bytes that one row takes in the cache, in all its variants."""
-    return cache_bytes(config, 1, variants)
 
 
 @dataclasses.dataclass(frozen=True)

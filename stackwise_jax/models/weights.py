@@ -1,7 +1,7 @@
-"""What every weight is: shape, axes, initialiser, whether it decays.
+"""What every weight is: shape, axes, initialiser.
 
-One table per part of a rack (embedding, block, head). Initialisation, parameter counts, bytes and the optimiser's masks
-derive from it, and its keys are the names in a checkpoint.
+One table per part of a rack (embedding, block, head). Initialisation, parameter counts, bytes and FLOPs derive
+from it, and its keys are the names in a checkpoint.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Matrices decay and, inside blocks, may be trained by Muon; norms and biases are neither."""
+        """Norms and biases are not."""
         return len(self.shape) == 2
 
     @property

@@ -70,7 +70,8 @@ class ChainedGradients:
             x = self._forward(role, stack, x, context, stack_key)
 
         near_head = {name: live[name] for name in ("embedding", "head") if name in live}
-        loss, (grads, pull) = self._head(near_head, {"head": parts["head"], **frozen}, x, example)
+        settled = {name: frozen[name] for name in ("embedding", "head") if name in frozen}
+        loss, (grads, pull) = self._head(near_head, settled, x, example)
         grads["stacks"] = []
         for (_, role), stack, stack_key in reversed(list(zip(body, stacks, keys[1:], strict=True))):
             stack_grads, pull = self._vjp(role, stack, boundaries.pop(), context, stack_key, pull)

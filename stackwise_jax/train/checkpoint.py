@@ -13,13 +13,15 @@ written and fsynced last, and a folder without one does not exist. Orbax restore
 do not.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -31,10 +33,46 @@ from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.state import Frozen, part_shape
 
 FORMAT = 1
+STEP_NAME = re.compile(r"\d{8,}-\d{4,}")
+PART_NAME = re.compile(r"[a-z0-9-]+-[0-9a-f]{16}")
 
 
 class DamagedError(UserError):
     """A checkpoint folder that cannot be trusted; the message names it and the reason."""
+
+
+def refuse_foreign(path: Path, config: RunConfig) -> None:
+    """Checks that a path is free, or holds a run of `config`; reads only.
+
+    Raises:
+      UserError: it holds a run of another config (every differing field is named), or is something else.
+    """
+    foreign = UserError(f"{path} exists and is not a run folder; give another --workdir")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise foreign
+    if not (path / "config.json").exists():
+        if any(path.iterdir()):
+            raise foreign
+        return
+    stored = config_lib.from_json(path / "config.json")
+    changed = config_lib.differences(stored, config) if latest_step(path) is not None else []
+    if changed:
+        raise UserError(
+            f"{path} holds a run of another config: {'; '.join(changed)}; "
+            "give another --workdir, or the config it was started with"
+        )
+
+
+def _lock(path: Path) -> IO[str]:
+    """Takes the folder for this process; the lock ends with the file or the process."""
+    file = (path / ".lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is in use by another run; wait for it, stop it, or give another --workdir") from None
+    return file
 
 
 class RunFolder:
@@ -43,29 +81,35 @@ class RunFolder:
     A folder in which nothing has been saved yet takes any config: a run that failed at once is simply started again.
 
     Raises:
-      UserError: the folder holds a run of another config (every differing field is named; nothing is touched), or is
-        something else than a run folder.
+      UserError: see `refuse_foreign` (nothing is touched); another process has it; it cannot be written.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
+        refuse_foreign(path, config)
         self.path = path
         self.stacks, self.steps = path / "stacks", path / "steps"
-        stored = path / "config.json"
-        if stored.exists() and latest_step(path) is not None:
-            changed = config_lib.differences(config_lib.from_json(stored), config)
-            if changed:
-                raise UserError(
-                    f"{path} holds a run of another config: {'; '.join(changed)}; "
-                    "give another --workdir, or the config it was started with"
-                )
-        elif not stored.exists() and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not a run folder; give another --workdir")
-        self.stacks.mkdir(parents=True, exist_ok=True)
-        self.steps.mkdir(exist_ok=True)
-        write_text(stored, config_lib.to_json(config))
-        for folder in (*self.stacks.iterdir(), *self.steps.iterdir()):
-            if not (folder / "manifest.json").exists():
-                shutil.rmtree(folder)
+        try:
+            self.stacks.mkdir(parents=True, exist_ok=True)
+            self.steps.mkdir(exist_ok=True)
+            self._lock = _lock(path)
+            write_text(path / "config.json", config_lib.to_json(config))
+        except OSError as error:
+            raise UserError(f"--workdir={path} cannot be written: {error.strerror or error}") from None
+        self._sweep()
+
+    def unlock(self) -> None:
+        """Lets another process, or another `RunFolder` of this one, take the folder."""
+        self._lock.close()
+
+    def _sweep(self) -> None:
+        """Removes what a stopped run left half written; nothing that is not ours, and nothing that a step needs."""
+        for step in _folders(self.steps, STEP_NAME):
+            if not (step / "manifest.json").exists():
+                shutil.rmtree(step)
+        needed = {ref for step in committed(self.steps) for ref in references(read_meta(step))}
+        for part in _folders(self.stacks, PART_NAME):
+            if not (part / "manifest.json").exists() and part.name not in needed:
+                shutil.rmtree(part)
 
     def require_corpus(self, digest: str) -> None:
         """Notes the corpus of a new run, or checks that a continued one still has its own.
@@ -75,16 +119,16 @@ class RunFolder:
         """
         stored = self.path / "corpus.digest"
         known = stored.exists() and latest_step(self.path) is not None
-        if known and stored.read_text(encoding="utf-8").strip() != digest:
+        if known and stored.read_text(encoding="utf-8", errors="replace").strip() != digest:
             raise UserError(
                 f"{self.path} was trained on another corpus: the text of data.source, its split or the tokenizer has "
                 "changed since; give another --workdir, or the text as it was"
             )
         write_text(stored, digest + "\n")
 
-    def write_part(self, name: str, tree: Any) -> str:
-        """Writes a frozen part once; returns the reference to it (its folder's name)."""
-        reference = f"{name}-{tree_digest(tree)[:16]}"
+    def write_part(self, name: str, tree: Any, digest: str) -> str:
+        """Writes a frozen part of a `tree_digest` once; returns the reference to it (its folder's name)."""
+        reference = f"{name}-{digest[:16]}"
         folder = self.stacks / reference
         if not (folder / "manifest.json").exists():
             _write_folder(folder, tree, {})
@@ -98,17 +142,22 @@ class RunFolder:
         folder = self.steps / f"{step:08d}-{phase:04d}"
         if not (folder / "manifest.json").exists():
             _write_folder(folder, tree, dict(meta) | {"phase": phase, "step": step})
-        for old in [f for f in self.steps.iterdir() if f not in committed(self.steps)[-keep:]]:
+        for old in committed(self.steps)[:-keep]:
             shutil.rmtree(old)
         needed = {ref for kept in committed(self.steps) for ref in references(read_meta(kept))}
-        for part in self.stacks.iterdir():
+        for part in _folders(self.stacks, PART_NAME):
             if part.name not in needed:
                 shutil.rmtree(part)
 
 
 def committed(folder: Path) -> list[Path]:
     """Committed step folders, oldest first."""
-    return sorted(f for f in folder.iterdir() if (f / "manifest.json").exists())
+    return [step for step in _folders(folder, STEP_NAME) if (step / "manifest.json").exists()]
+
+
+def _folders(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    """Folders inside that have one of our names, sorted; whatever else lies there is left alone."""
+    return sorted(entry for entry in folder.iterdir() if name.fullmatch(entry.name) and entry.is_dir())
 
 
 def references(meta: Mapping[str, Any]) -> list[str]:
@@ -135,8 +184,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if hashlib.sha256(text).hexdigest() != manifest["meta"] or manifest["format"] != FORMAT:
             raise ValueError("meta.json does not match its manifest")
         return json.loads(text)
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedError(f"{folder} is damaged: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(_damage(folder, error)) from None
 
 
 def read_tree(folder: Path, target: Any) -> Any:
@@ -153,7 +202,7 @@ def read_tree(folder: Path, target: Any) -> Any:
         with ocp.PyTreeCheckpointer() as checkpointer:
             restored = checkpointer.restore(folder.absolute() / "arrays", restore_args=nested) if digests else {}
     except Exception as error:  # whatever the storage layer raises on damaged files
-        raise DamagedError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
+        raise DamagedError(_damage(folder, error)) from None
     arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(restored).items()}
     wanted = named_leaves(target)
     if set(arrays) != set(wanted):
@@ -161,7 +210,7 @@ def read_tree(folder: Path, target: Any) -> Any:
         raise DamagedError(f"{folder} does not hold what this run needs: {odd} is only on one side")
     for name, array in arrays.items():
         if _digest(array) != digests[name]:
-            raise DamagedError(f"{folder} is damaged: the digest of {name} does not match")
+            raise DamagedError(_damage(folder, f"the digest of {name} does not match"))
         if (array.shape, array.dtype) != (wanted[name].shape, wanted[name].dtype):
             raise DamagedError(
                 f"{folder}: {name} is {array.dtype}{list(array.shape)}, "
@@ -169,6 +218,16 @@ def read_tree(folder: Path, target: Any) -> Any:
             )
     names = list(named_leaves(target))
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in names])
+
+
+def _damage(folder: Path, reason: object) -> str:
+    """What is damaged, why, and what to do about it."""
+    short = (str(reason).splitlines() or [type(reason).__name__])[0][:160]
+    if folder.parent.name == "steps":
+        remedy = "remove that folder to continue from the snapshot before it"
+    else:
+        remedy = "restore it from a copy, or start again in another --workdir"
+    return f"{folder} is damaged: {short}; {remedy}"
 
 
 def read_frozen(path: Path, config: RunConfig, parts: Mapping[str, Mapping[str, str]]) -> Frozen:
@@ -182,7 +241,8 @@ def read_frozen(path: Path, config: RunConfig, parts: Mapping[str, Mapping[str, 
     for kind in ("embedding", "stacks", "head"):
         for name, reference in parts[kind].items():
             shape = part_shape(config, jax.random.key(0), kind, name, head_has_table=has_table)
-            frozen.keep(kind, name, read_tree(path / "stacks" / reference, shape))
+            tree = read_tree(path / "stacks" / reference, shape)
+            frozen.keep(kind, name, tree, tree_digest(tree))
     return frozen
 
 

@@ -86,13 +86,9 @@ class Signature:
 
 
 def stack_sizes(config: RunConfig) -> tuple[int, ...]:
-    """Blocks in each stack of the rack, after the regrouping that the mode asks for."""
-    size = {
-        "layerwise": 1,
-        "blockwise": config.training.block_group,
-        "stackwise": config.model.architecture.blocks_per_stack,
-        "end_to_end": config.model.n_blocks,
-    }[config.training.mode]
+    """Blocks in each stack of the rack, as the mode groups them."""
+    whole = config.model.architecture.blocks_per_stack
+    size = {"layerwise": 1, "blockwise": config.training.block_group}.get(config.training.mode, whole)
     return (size,) * (config.model.n_blocks // size)
 
 

@@ -20,9 +20,10 @@ from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.data.pipeline import chunk_layout, make_batches
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory import budget
-from stackwise_jax.memory.placement import to_device
+from stackwise_jax.memory.fingerprint import tree_digest
+from stackwise_jax.memory.placement import to_device, to_host
 from stackwise_jax.memory.precision import to_storage
-from stackwise_jax.objectives.objective import make_corrupt, variants
+from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import checkpoint
 from stackwise_jax.train.chained import make_chained_step
@@ -86,16 +87,16 @@ def make_program(config: RunConfig, corpus: Corpus, n_rows: int) -> Program:
     return Program(config, make_corrupt(config.objective, vocabulary, n_rows=n_rows))
 
 
-def run(config: RunConfig, corpus: Corpus, workdir: Path, *, say: Callable[[str], None] = print) -> Result:
+def run(config: RunConfig, corpus: Corpus, workdir: Path | str, *, say: Callable[[str], None] = print) -> Result:
     """Trains a run to its end, from the beginning or from where its folder stands."""
-    return Run(config, corpus, workdir, say).to_end()
+    return Run(config, corpus, Path(workdir), say).to_end()
 
 
 class Run:
     """One run in one process."""
 
     def __init__(self, config: RunConfig, corpus: Corpus, workdir: Path, say: Callable[[str], None]) -> None:
-        row_bytes = budget.row_bytes(config, variants(config.objective))
+        row_bytes = budget.cache_bytes(config, 1, 1)  # a chunk holds one variant of its rows
         layout = chunk_layout(corpus.train.n_rows, config.training.batch_size, row_bytes, config.cache.chunk_bytes)
         self.config, self.corpus = config, corpus
         self.plan = make_plan(config, layout.n_rows)
@@ -132,6 +133,8 @@ class Run:
                 self._run_phase(self.plan.phases[self.position.phase], self.plan.signatures[self.position.phase])
         finally:
             self.writer.close()
+            self.inputs.release()
+            self.folder.unlock()
         frozen = self.frozen
         stacks = [frozen.stacks[stack] for stack in sorted(frozen.stacks)]
         rack = {"embedding": frozen.embedding, "stacks": stacks, "head": frozen.head}
@@ -188,14 +191,16 @@ class Run:
                 _read(pending)
                 clock.restart(position.phase_step)
                 self.progress.start_clock(self.plan.step_flops[position.phase])
-            with self.progress.untimed():
-                if self._snapshot_is_due():
-                    self._log_when_due(phase, pending, clock)  # a continued run does not come by here again
-                    pending = None
-                    self._save()
-                if config.evaluation.every_steps and position.phase_step % config.evaluation.every_steps == 0:
-                    values = self._evaluate(phase, signature, frozen)
-                    self.writer.write("held_out", position.step, {"phase": phase.name, **values})
+            evaluates, saves = self._is_due(config.evaluation.every_steps, phase), self._snapshot_is_due(phase)
+            if evaluates or saves:
+                self._log_when_due(phase, pending, clock)  # waits for the step, so that its time is counted as its own
+                pending = None
+                with self.progress.untimed():
+                    if evaluates:
+                        values = self._evaluate(phase, signature, frozen)
+                        self.writer.write("held_out", position.step, {"phase": phase.name, **values})
+                    if saves:  # after everything that a continued run does not come by again
+                        self._save()
         if pending is not None:
             self._log(phase, pending[0], _read(pending), clock)
 
@@ -207,7 +212,9 @@ class Run:
     def _log(self, phase: Phase, done: int, values: dict[str, float], clock: "_Clock") -> None:
         step = self.position.step - self.position.phase_step + done
         steps, flops = done - clock.logged, self.plan.step_flops[self.position.phase]
-        rates = self.progress.measure(flops * steps, self.plan.tokens_per_step * steps, clock.data_seconds)
+        rates: dict[str, float] = {}
+        if steps:  # the first step of a phase is not timed
+            rates = self.progress.measure(flops * steps, self.plan.tokens_per_step * steps, clock.data_seconds)
         clock.restart(done)
         self.writer.write("train", step, {"phase": phase.name, "phase_step": done, **values, **rates})
         self.progress.show(phase.name, done, phase.steps, values["loss"], rates)
@@ -255,22 +262,34 @@ class Run:
         optimizer.pop("stacks", None)
         if phase.live_stacks and phase.head is Role.LIVE and "head" not in phase.settles:
             last = phase.path[-1][0]
-            self.references["taps"][str(last)] = self.folder.write_part(f"tap-{last:04d}", params["head"])
+            self.references["taps"][str(last)] = self._write_tap(last, params["head"])
         for name in ("embedding", "head"):
             if name in phase.settles:
                 self._freeze(name, name, name, params.pop(name))
                 optimizer.pop(name)
         self.state = TrainState(params, optimizer)
 
-    def _freeze(self, kind: str, name: str, item: str, tree: Params) -> None:
-        self.references[kind][name] = self.folder.write_part(item, tree)
-        self.frozen.keep(kind, name, tree)
+    def _write_tap(self, stack: int, head: Params) -> str:
+        """The head as it is after a stack, so that the rack can be read at that depth."""
+        head = to_host(head)
+        return self.folder.write_part(f"tap-{stack:04d}", head, tree_digest(head))
 
-    def _snapshot_is_due(self) -> bool:
-        every = self.config.checkpoint.every_steps
-        if every is not None and self.position.phase_step % every == 0:
-            return True
-        return time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
+    def _freeze(self, kind: str, name: str, item: str, tree: Params) -> None:
+        tree = to_host(tree)
+        digest = tree_digest(tree)
+        self.references[kind][name] = self.folder.write_part(item, tree, digest)
+        self.frozen.keep(kind, name, tree, digest)
+
+    def _is_due(self, every: int | None, phase: Phase) -> bool:
+        """Every so many steps inside a phase; its last step is the boundary's business."""
+        step = self.position.phase_step
+        return every is not None and step % every == 0 and step < phase.steps
+
+    def _snapshot_is_due(self, phase: Phase) -> bool:
+        late = time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
+        return self._is_due(self.config.checkpoint.every_steps, phase) or (
+            late and self.position.phase_step < phase.steps
+        )
 
     def _save(self) -> None:
         position = dataclasses.asdict(self.position)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 
 from stackwise_jax.memory.budget import readable_bytes, readable_count
+from stackwise_jax.train.checkpoint import write_text
 
 # Dense bf16 peak of a device, FLOP/s, by a part of the name that JAX reports (vendors' data sheets).
 PEAK_FLOPS = {
@@ -52,10 +54,10 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Opens the file and drops what a continued run is about to write again: lines after `resume_step`."""
         self._path = folder / "metrics.jsonl"
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= resume_step]
-        self._path.write_text("".join(kept), encoding="utf-8")
+        text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        kept = [line for line in text.splitlines(keepends=True) if _step_of(line) <= resume_step]
+        write_text(self._path, "".join(kept))
+        self._resume_step = resume_step
         self._file = self._path.open("a", encoding="utf-8")
         self._board_folder = folder / "tensorboard"
 
@@ -81,7 +83,15 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
         except ImportError:
             return None
-        return SummaryWriter(str(self._board_folder))
+        return SummaryWriter(str(self._board_folder), purge_step=self._resume_step + 1)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that a power cut left unfinished or filled with zeros."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Progress:
@@ -141,13 +151,15 @@ class Progress:
         parts = [
             f"{phase} {step}/{steps}",
             f"loss {loss:.3f}",
-            f"{readable_count(rates['tokens_per_second'])} tok/s",
-            f"eta {readable_time(rates['eta_seconds'])}",
         ]
+        if rates:
+            parts.append(f"{readable_count(rates['tokens_per_second'])} tok/s")
+            parts.append(f"eta {readable_time(rates['eta_seconds'])}")
         if "mfu" in rates:
             parts.append(f"mfu {100 * rates['mfu']:.1f}%")
         parts.append(f"mem {readable_bytes(device) + ' dev, ' if device else ''}{readable_bytes(host or 0)} host")
-        parts.append(f"data {100 * rates['data_share']:.0f}%")
+        if rates:
+            parts.append(f"data {100 * rates['data_share']:.0f}%")
         self._print("  ".join(parts), stays=False)
 
     def say(self, text: str) -> None:

@@ -80,7 +80,7 @@ def update_part(
     params: Params,
     fraction: Float[AnyArray, ""],
 ) -> tuple[Params, Any]:
-    """One update of one part. Returns (state, parameters), both new."""
+    """One update of one part. Returns (parameters, state), both new."""
     updates, state = transform.update(gradients, state, params)
     updates = jax.tree.map(lambda leaf: leaf * fraction.astype(leaf.dtype), updates)
     return typing.cast(Params, optax.apply_updates(params, updates)), state

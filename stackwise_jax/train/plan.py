@@ -194,6 +194,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     largest = max(range(len(plan.phases)), key=lambda index: phase_device_bytes(plan, index).total)
     device = phase_device_bytes(plan, largest)
     parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in dataclasses.asdict(device).items() if count)
+    if plan.rows is None and any(phase.cached for phase in plan.phases):
+        parts += "; and the cache, known when the corpus is prepared or data.max_rows is set"
     rack = readable_bytes(rack_bytes(plan.config))
     return [
         f"device   about {readable_bytes(device.total)} in {plan.phases[largest].name}: {parts}",

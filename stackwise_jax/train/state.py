@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stackwise_jax.memory.fingerprint import named_leaves, tree_digest
-from stackwise_jax.memory.placement import to_host
+from stackwise_jax.memory.fingerprint import named_leaves
 from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.models.rack import init_embedding, init_head, init_rack_stack
 from stackwise_jax.schema import RunConfig
@@ -46,10 +45,9 @@ class Frozen:
     head: Params | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def keep(self, kind: str, name: str, tree: Params) -> None:
-        """Takes a part in; `kind` is "embedding", "stacks" or "head"."""
-        tree = to_host(tree)
-        self.digests[name] = tree_digest(tree)
+    def keep(self, kind: str, name: str, tree: Params, digest: str) -> None:
+        """Takes a part in, on the host, with its `tree_digest`; `kind` is "embedding", "stacks" or "head"."""
+        self.digests[name] = digest
         if kind == "stacks":
             self.stacks[int(name)] = tree
         else:

@@ -174,8 +174,7 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
 
     The returned function takes (state, frozen, batch, activations, fraction, step): `activations` are the trunk's
     output or None where the path starts from tokens, `fraction` the schedule's, `step` the run's update count for
-    dropout. Its
-    metrics are scalars on the device: loss (nats per weighted token), gradient_norm, weight.
+    dropout. Its metrics are scalars on the device: loss (nats per weighted token), gradient_norm, weight.
     """
     gradients = make_gradients(program, signature)
     config = program.config.optimizer
@@ -191,7 +190,7 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
         step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
         grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
-        weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing moves nothing
+        weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing has no gradient, not an undefined one
         grads = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), grads)
         norm = optax.tree.norm(grads)
         scale = optimizer.clip_scale(norm, config.clip_norm)

@@ -22,6 +22,7 @@ class Trained:
 
     Attributes:
       rack: {"embedding", "stacks", "head"}; the stacks that have been trained so far.
+      corpus_digest: of the corpus that it was trained on.
       step: updates behind it.
       finished: the curriculum has ended.
     """
@@ -29,6 +30,7 @@ class Trained:
     config: RunConfig
     tokenizer: Tokenizer
     rack: Params
+    corpus_digest: str
     step: int
     finished: bool
 
@@ -37,7 +39,7 @@ class Trained:
         return self.config.model
 
 
-def load_trained(workdir: Path, *, n_stacks: int | None = None) -> Trained:
+def load_trained(workdir: Path | str, *, n_stacks: int | None = None) -> Trained:
     """Restores the rack of a run, finished or under way.
 
     Args:
@@ -47,6 +49,7 @@ def load_trained(workdir: Path, *, n_stacks: int | None = None) -> Trained:
     Raises:
       UserError: not a run folder, nothing saved yet, a damaged checkpoint, or a depth that has no head of its own.
     """
+    workdir = Path(workdir)
     config = config_lib.from_json(workdir / "config.json")
     folder = checkpoint.latest_step(workdir)
     if folder is None:
@@ -56,7 +59,8 @@ def load_trained(workdir: Path, *, n_stacks: int | None = None) -> Trained:
     if n_stacks is not None and n_stacks != len(rack["stacks"]):
         rack = _cut(workdir, config, meta, rack, n_stacks)
     finished = meta["position"]["phase"] == len(make_curriculum(config))
-    return Trained(config, load_tokenizer(workdir / "tokenizer.model"), rack, meta["step"], finished)
+    digest = (workdir / "corpus.digest").read_text(encoding="utf-8").strip()
+    return Trained(config, load_tokenizer(workdir / "tokenizer.model"), rack, digest, meta["step"], finished)
 
 
 def _assemble(workdir: Path, folder: Path, config: RunConfig, meta: dict) -> Params:

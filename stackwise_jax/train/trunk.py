@@ -88,6 +88,10 @@ class TrunkInputs:
         for name, cache in self._caches.items():
             self._bring(name, cache, phase.trunk, frozen, note)
 
+    def release(self) -> None:
+        """Gives up the caches and what else is on the device."""
+        self._caches, self._embedding, self._trunk = {}, None, []
+
     def training_batch(self, phase: Phase, batch: Batch) -> tuple[Batch, Array | None]:
         """Returns the batch as the step must see it and the trunk's output for it (None: start from tokens)."""
         if phase.cached:
@@ -153,7 +157,7 @@ class TrunkInputs:
                 {
                     "code": __version__,
                     "corpus": split.digest,
-                    "rows": self._layout.n_rows if name == "train" else len(self.held_out),
+                    "rows": self._layout.n_rows if name == "train" else len(self.held_out) * config.training.batch_size,
                     "seq_len": config.data.seq_len,
                     "isolate_documents": config.data.isolate_documents,
                     "tokenizer": corpus.tokenizer.digest,

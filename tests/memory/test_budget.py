@@ -71,12 +71,11 @@ def test_a_step_costs_three_two_or_one_forward():
 def test_cache_bytes(cache: str, item: int):
     config = config_of(TINY, data={"seq_len": 16}, precision={"cache": cache})
     assert budget.cache_bytes(config, 10, 3) == 10 * 3 * 16 * 32 * item
-    assert budget.row_bytes(config, 3) == 3 * 16 * 32 * item
 
 
 def test_a_70b_token_takes_16_kib_in_bf16():
     config = config_of(families.llama("70b"), data={"seq_len": 4096}, precision={"cache": "bf16"})
-    assert budget.row_bytes(config, 1) == 4096 * 16 * 1024
+    assert budget.cache_bytes(config, 1, 1) == 4096 * 16 * 1024
 
 
 def test_muon_keeps_one_moment_of_what_is_in_stacks():

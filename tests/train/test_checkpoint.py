@@ -77,7 +77,7 @@ def test_a_wrong_shape_or_dtype_is_refused(folder: RunFolder) -> None:
 def test_old_steps_go_and_what_they_alone_needed(folder: RunFolder) -> None:
     parts = []
     for step, stack in ((1, 0), (2, 0), (3, 1), (4, 1)):
-        parts.append(folder.write_part(f"{stack:04d}", {"a": jnp.full(2, stack)}))
+        parts.append(folder.write_part(f"{stack:04d}", {"a": jnp.full(2, stack)}, f"{stack}" * 64))
         folder.write_step(0, step, {}, {"parts": {**META["parts"], "stacks": {str(stack): parts[-1]}}}, keep=2)
         assert {path.name for path in folder.stacks.iterdir()} == set(parts[-2:])
     assert [path.name for path in checkpoint.committed(folder.steps)] == ["00000003-0000", "00000004-0000"]
@@ -87,6 +87,7 @@ def test_a_folder_without_a_manifest_does_not_exist(folder: RunFolder, tiny: Any
     folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
     folder.write_step(0, 2, {"a": jnp.ones(2)}, META, keep=2)
     (folder.steps / "00000002-0000" / "manifest.json").unlink()
+    folder.unlock()
     latest = checkpoint.latest_step(folder.path)
     assert latest is not None
     assert latest.name == "00000001-0000"
@@ -95,16 +96,17 @@ def test_a_folder_without_a_manifest_does_not_exist(folder: RunFolder, tiny: Any
 
 
 def test_a_part_is_written_once(folder: RunFolder) -> None:
-    reference = folder.write_part("0000", {"a": jnp.ones(2)})
+    reference = folder.write_part("0000", {"a": jnp.ones(2)}, "a" * 64)
     written = (folder.stacks / reference / "manifest.json").stat().st_mtime_ns
-    assert folder.write_part("0000", {"a": jnp.ones(2)}) == reference
+    assert folder.write_part("0000", {"a": jnp.ones(2)}, "a" * 64) == reference
     assert (folder.stacks / reference / "manifest.json").stat().st_mtime_ns == written
-    assert folder.write_part("0000", {"a": jnp.zeros(2)}) != reference
+    assert folder.write_part("0000", {"a": jnp.zeros(2)}, "b" * 64) != reference
 
 
 def test_a_folder_of_another_config_is_refused_untouched(folder: RunFolder, tiny: Any) -> None:
-    RunFolder(folder.path, tiny(seed=5))  # nothing has been saved yet: the folder is taken over
-    RunFolder(folder.path, tiny())
+    folder.unlock()
+    RunFolder(folder.path, tiny(seed=5)).unlock()  # nothing has been saved yet: the folder is taken over
+    RunFolder(folder.path, tiny()).unlock()
     folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"seed=0 \(now 5\).*another --workdir"):
@@ -174,3 +176,47 @@ def test_digests_are_read_not_trusted(folder: RunFolder) -> None:
     manifest["arrays"] = json.loads((other / "manifest.json").read_text())["arrays"]
     (step / "manifest.json").write_text(json.dumps(manifest))
     assert float(checkpoint.read_tree(step, {"a": jnp.ones(4)})["a"][0]) == 0.0
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tiny: Any, tmp_path: Path) -> None:
+    """Not even one that has a config.json and a folder called steps."""
+    (tmp_path / "steps" / "step1").mkdir(parents=True)
+    (tmp_path / "steps" / "step1" / "precious.bin").write_bytes(b"mine")
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(UserError, match="unknown config field architectures"):
+        RunFolder(tmp_path, tiny())
+    assert (tmp_path / "steps" / "step1" / "precious.bin").read_bytes() == b"mine"
+    assert "GPT2" in (tmp_path / "config.json").read_text()
+
+
+def test_stray_files_are_left_alone(folder: RunFolder) -> None:
+    for place in (folder.steps, folder.stacks):
+        (place / ".DS_Store").write_text("x")
+        (place / "mine").mkdir()
+    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=1)
+    folder.write_step(0, 2, {"a": jnp.ones(2)}, META, keep=1)
+    assert {path.name for path in folder.steps.iterdir()} == {".DS_Store", "mine", "00000002-0000"}
+    assert {path.name for path in folder.stacks.iterdir()} == {".DS_Store", "mine"}
+
+
+def test_a_part_that_a_step_needs_is_not_swept(folder: RunFolder, tiny: Any) -> None:
+    part = folder.write_part("0000", {"a": jnp.ones(2)}, "c" * 64)
+    folder.write_step(0, 1, {}, {"parts": {**META["parts"], "stacks": {"0": part}}}, keep=2)
+    (folder.stacks / part / "manifest.json").unlink()
+    folder.unlock()
+    RunFolder(folder.path, tiny())
+    assert (folder.stacks / part / "arrays").exists()
+
+
+def test_two_runs_do_not_share_a_folder(folder: RunFolder, tiny: Any) -> None:
+    with pytest.raises(UserError, match="in use by another run"):
+        RunFolder(folder.path, tiny())
+    folder.unlock()
+    RunFolder(folder.path, tiny())
+
+
+def test_what_is_damaged_comes_with_a_remedy(folder: RunFolder) -> None:
+    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
+    (folder.steps / "00000001-0000" / "meta.json").write_text("[]")
+    with pytest.raises(DamagedError, match="remove that folder to continue from the snapshot before it"):
+        checkpoint.read_meta(folder.steps / "00000001-0000")

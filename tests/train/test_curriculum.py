@@ -46,7 +46,7 @@ def signatures(config: RunConfig) -> list[Any]:
         ({"mode": "layerwise"}, (1,) * 6),
         ({"mode": "blockwise", "block_group": 3}, (3, 3)),
         ({"mode": "stackwise"}, (2, 2, 2)),
-        ({"mode": "end_to_end"}, (6,)),
+        ({"mode": "end_to_end"}, (2, 2, 2)),
     ],
     ids=lambda value: str(value.get("mode")) if isinstance(value, dict) else "",
 )
@@ -83,9 +83,9 @@ def test_with_first_stack_there_is_no_phase_0():
 
 def test_end_to_end_is_one_phase_of_everything():
     (phase,) = make_curriculum(config_of(3, 2, mode="end_to_end"))
-    assert phase.path == ((0, LIVE),)
+    assert phase.path == ((0, LIVE), (1, LIVE), (2, LIVE))
     assert (phase.embedding, phase.head, phase.cached) == (LIVE, LIVE, False)
-    assert phase.settles == ("embedding", 0, "head")
+    assert phase.settles == ("embedding", 0, 1, 2, "head")
 
 
 def test_a_frozen_head_settles_with_the_embedding():
@@ -226,7 +226,8 @@ def test_two_signatures_detects_a_trunk_that_runs_inside_the_step():
 
 def test_many_live_stacks_are_chained():
     (phase,) = make_curriculum(config_of(FUSED_STACKS + 1, mode="end_to_end"))
-    assert phase.execution == "fused"  # one stack of many blocks
+    assert phase.execution == "chained"
+    assert make_curriculum(config_of(FUSED_STACKS, mode="end_to_end"))[0].execution == "fused"
     assert make_curriculum(config_of(2, mode="layerwise", execution="chained"))[1].execution == "chained"
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def test_a_changed_trunk_invalidates_the_cache(tiny: Any, tiny_corpus: Any, tmp_
     batch = started.inputs.held_out[0]
     before = np.asarray(started.inputs._caches["held out"].read(batch))
     stale = started.inputs._caches["held out"].fingerprint
-    started.frozen.keep("stacks", "1", jax.tree.map(lambda leaf: leaf + 0.01, started.frozen.stacks[1]))
+    started.frozen.keep("stacks", "1", jax.tree.map(lambda leaf: leaf + 0.01, started.frozen.stacks[1]), "changed")
     started.inputs.prepare(last, started.frozen, lambda _: None)
     assert started.inputs._caches["held out"].fingerprint != stale
     assert not np.array_equal(before, np.asarray(started.inputs._caches["held out"].read(batch)))
@@ -226,3 +227,36 @@ def test_plan_needs_no_corpus_and_states_the_costs(tiny: Any) -> None:
     cached = make_plan(tiny(), 984)
     assert plan.flops < cached.flops
     assert sum(cached.pass_flops) == pytest.approx(cached.flops - plan.flops)
+
+
+def test_rates_leave_saving_and_evaluating_out(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
+    """Neither snapshots nor evaluations inside a phase may make a step look faster than it can be."""
+    config = tiny(
+        training__phase_budget="12 steps",
+        logging__every_steps=1,
+        checkpoint__every_steps=2,
+        evaluation__every_steps=3,
+    )
+    run(config, tiny_corpus, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    assert min(rates) > 0
+    assert max(rates) < 50 * sorted(rates)[len(rates) // 2]
+    held_out = [(line["phase"], line["step"]) for line in lines if line["kind"] == "held_out"]
+    assert len(held_out) == len(set(held_out)) == 1 + 3 * 4 + 1  # 3, 6, 9 and the end of each stack; 3 and 4 at first
+    assert {line["phase_step"] for line in lines if line["phase"] == "stack_0002" and "phase_step" in line} == set(
+        range(1, 13)
+    )
+
+
+def test_nothing_stays_on_the_device(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(array.nbytes for array in jax.live_arrays())
+        result = run(tiny(), tiny_corpus, tmp_path / "run")
+        left = sum(array.nbytes for array in jax.live_arrays()) - before
+    finally:
+        gc.enable()
+    assert result.plan.rows is not None
+    assert left < 984 * 32 * 32 * 4 / 4  # a quarter of what the cache alone held

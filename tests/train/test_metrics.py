@@ -21,7 +21,7 @@ def test_lines_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
         writer.write("train", step, {"loss": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')  # what a power cut leaves
+        file.write('[]\n\0\0\0\n{"kind": "train", "st')  # what a power cut may leave
     writer = MetricsWriter(tmp_path, resume_step=3)
     writer.write("train", 4, {"loss": 40.0})
     writer.close()
