@@ -1,4 +1,4 @@
-"""The command line of the programs that read a run folder: flags, --help, and one line for a user's mistake."""
+"""Command lines: flags, --help, and one line for a user's mistake."""
 
 import sys
 from collections.abc import Callable
@@ -27,13 +27,19 @@ def run_command(
         print("\n".join([about.strip(), "", "Flags:", *lines]))
         return
     with one_line_errors():
-        try:
-            rest = options(argv)
-        except flags.Error as error:
-            raise UserError(str(error).splitlines()[0].removeprefix("FATAL Flags parsing error: ")) from None
-        if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}; every option is a flag, --name=value")
+        parse_flags(options, argv)
         program(options)
+
+
+def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    """Parses a command line; UserError for an unknown flag, a value that does not fit, or anything that is no flag."""
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        reason = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        raise UserError(reason.removeprefix("FATAL Flags parsing error: ")) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; every option is a flag, --name=value")
 
 
 def required_workdir(options: Any) -> Path:

@@ -7,6 +7,7 @@ Without --source: the held-out rows that training measured, out of the prepared 
 into rows as in training, by the run's own tokenizer.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,12 +25,11 @@ from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evals.likelihood import RowLosses, held_out_loss
 from stackwise_jax.models.rack import apply_rack, output_table
-from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.ops.loss import token_losses
 from stackwise_jax.schema import DataConfig
-from stackwise_jax.train.step import Program
+from stackwise_jax.train.step import make_program
 from stackwise_jax.train.trained import Trained, load_trained
-from stackwise_jax.types import Batch, Params, Vocabulary
+from stackwise_jax.types import Batch, Params
 
 
 def make_options() -> flags.FlagValues:
@@ -116,9 +116,8 @@ def _packed(
         text_bytes=0,
         digest="",
     )
-    row_ids = np.arange(batch_size, dtype=np.int32)
-    ids, segments, positions = split.rows(row_ids, isolate_documents=data.isolate_documents)
-    return Batch(ids, segments, positions, row_ids + first_row, np.zeros_like(row_ids))
+    batch = split.batch(np.arange(batch_size), 0, isolate_documents=data.isolate_documents)
+    return dataclasses.replace(batch, row_ids=batch.row_ids + np.int32(first_row))
 
 
 def _own_batches(trained: Trained, rows: int | None) -> Iterator[Batch]:
@@ -146,9 +145,8 @@ def _own_batches(trained: Trained, rows: int | None) -> Iterator[Batch]:
 def _measures(trained: Trained) -> tuple[RowLosses, Callable[[Batch], int]]:
     """The rack as a function from a batch to its rows' losses; and the bytes that a batch's targets stand for."""
     config, tokenizer = trained.config, trained.tokenizer
-    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
     # Held-out rows are seen in their first variant alone, whose rates do not depend on the number of rows.
-    program = Program(config, make_corrupt(config.objective, vocabulary, n_rows=1))
+    program = make_program(config, tokenizer, n_rows=1)
     corrupt = jax.jit(lambda batch: program.corrupt(program.mask_key, batch))
 
     @jax.jit
@@ -170,7 +168,7 @@ def _measures(trained: Trained) -> tuple[RowLosses, Callable[[Batch], int]]:
 
     def target_bytes(batch: Batch) -> int:
         example = corrupt(batch)
-        return int(tokenizer.piece_bytes[np.asarray(example.targets)[np.asarray(example.weights) > 0]].sum())
+        return tokenizer.scored_bytes(np.asarray(example.targets), np.asarray(example.weights))
 
     return row_losses, target_bytes
 

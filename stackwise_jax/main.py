@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from stackwise_jax import config as config_lib
 from stackwise_jax import schema
+from stackwise_jax.command import parse_flags
 from stackwise_jax.errors import UserError, did_you_mean, one_line_errors
 from stackwise_jax.schema import RunConfig
 
@@ -59,16 +60,11 @@ def load_config(argv: list[str]) -> RunConfig:
     path = _config_path(argv)
     argv, unset = _take_unset(argv)
     try:
-        rest = FLAGS(argv)
-    except flags.Error as error:
-        reason = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        raise UserError(reason.removeprefix("FATAL Flags parsing error: ")) from None
+        parse_flags(FLAGS, argv)
     except UserError:
         raise
     except Exception as error:  # a config file is code and may raise anything
         raise UserError(_explain(path, error)) from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; every option is a flag, --name=value")
     if FLAGS.config is None:
         raise UserError(f"{path}: get_config() returned None; end it with `return config`")
     entries = FLAGS.config.to_dict()
@@ -85,8 +81,9 @@ def load_config(argv: list[str]) -> RunConfig:
 
 def _take_unset(argv: list[str]) -> tuple[list[str], list[str]]:
     """Takes out `--config.field=None`, which typed flags cannot parse; returns the rest and those fields."""
-    unset = [match[1] for argument in argv if (match := re.fullmatch(r"--?config\.([\w.]+)=None", argument))]
-    return [argument for argument in argv if not re.fullmatch(r"--?config\.[\w.]+=None", argument)], unset
+    matches = [re.fullmatch(r"--?config\.([\w.]+)=None", argument) for argument in argv]
+    kept = [argument for argument, match in zip(argv, matches, strict=True) if match is None]
+    return kept, [match[1] for match in matches if match]
 
 
 def _config_path(argv: list[str]) -> Path:

@@ -23,6 +23,7 @@ from stackwise_jax.schema import ArchitectureConfig, RunConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.checkpoint import refuse_foreign
 from stackwise_jax.train.plan import make_plan
+from stackwise_jax.train.step import make_program
 
 CONTROL_FOLDER = "control_one_block"
 PIECE_ROWS = 4096
@@ -91,7 +92,7 @@ def ngram_rows(config: RunConfig, corpus: Corpus) -> Rows:
     scores = ngram_scores(training, inputs, targets, weights, corpus.tokenizer.vocab_size)
     if not is_causal:
         return [("unigram", scores.unigram, None)]
-    n_bytes = int(corpus.tokenizer.piece_bytes[targets[weights > 0]].sum())
+    n_bytes = corpus.tokenizer.scored_bytes(targets, weights)
     bits = float(weights.sum()) / math.log(2) / max(n_bytes, 1)  # per byte, of one nat a token
     named = {"unigram": scores.unigram, f"bigram, add {scores.smoothing:g} (best)": scores.bigram}
     return [(name, nats, nats * bits) for name, nats in named.items()]
@@ -101,7 +102,7 @@ def scored_tokens(
     config: RunConfig, corpus: Corpus
 ) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "m"], Float[np.ndarray, "m"]]:
     """(inputs, targets, weights) of the held-out rows that training measures, place by place."""
-    program = loop.make_program(config, corpus, corpus.train.n_rows)
+    program = make_program(config, corpus.tokenizer, n_rows=corpus.train.n_rows)
     batches = validation_batches(
         corpus.validation,
         batch_size=config.training.batch_size,

@@ -30,6 +30,7 @@ from stackwise_jax.data.sources import digest_source, iterate_documents
 from stackwise_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import DataConfig, RunConfig
+from stackwise_jax.types import Batch
 
 FORMAT_VERSION = 1
 _ORDER_SEED = 20
@@ -99,6 +100,11 @@ class Split:
             segments, positions = np.ones_like(places), places - row_starts
         segments, positions = np.where(is_text, segments, 0), np.where(is_text | (not isolate_documents), positions, 0)
         return self.tokens[row_ids].astype(np.int32), segments.astype(np.int32), positions.astype(np.int32)
+
+    def batch(self, row_ids: Int[np.ndarray, "B"], visit: int, *, isolate_documents: bool) -> Batch:
+        """Reads rows as a batch of int32 arrays, all on the same visit; raises as `rows`."""
+        visits = np.full(len(row_ids), visit, dtype=np.int32)
+        return Batch(*self.rows(row_ids, isolate_documents=isolate_documents), row_ids.astype(np.int32), visits)
 
 
 @dataclasses.dataclass(frozen=True)

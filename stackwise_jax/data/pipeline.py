@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from jaxtyping import Int
 
 from stackwise_jax.data.corpus import Split
 from stackwise_jax.data.permutation import permutation
@@ -77,7 +76,8 @@ def make_batches(
         chunk = permutation(layout.n_chunks, seed, _CHUNKS, epoch)[chunk_in_epoch]
         places = permutation(layout.rows_per_chunk, seed, _ROWS, chunk_visit)
         places = places[batch_in_chunk * batch_size : (batch_in_chunk + 1) * batch_size]
-        return _read_batch(split, chunk * layout.rows_per_chunk + places, epoch, isolate_documents)
+        row_ids = chunk * layout.rows_per_chunk + places
+        return split.batch(row_ids, epoch, isolate_documents=isolate_documents)
 
     batches = grain.MapDataset.range(batches_per_epoch).repeat().map_with_index(read)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
@@ -96,10 +96,5 @@ def validation_batches(split: Split, *, batch_size: int, rows: int, isolate_docu
             "raise evaluation.rows, hold out more (data.validation_fraction), or lower training.batch_size"
         )
     starts = range(0, n_batches * batch_size, batch_size)
-    return (_read_batch(split, np.arange(start, start + batch_size), 0, isolate_documents) for start in starts)
-
-
-def _read_batch(split: Split, row_ids: Int[np.ndarray, "B"], visit: int, isolate_documents: bool) -> Batch:
-    tokens, segments, positions = split.rows(row_ids, isolate_documents=isolate_documents)
-    visits = np.full(len(row_ids), visit, dtype=np.int32)
-    return Batch(tokens, segments, positions, row_ids.astype(np.int32), visits)
+    row_ids = (np.arange(start, start + batch_size) for start in starts)
+    return (split.batch(ids, 0, isolate_documents=isolate_documents) for ids in row_ids)

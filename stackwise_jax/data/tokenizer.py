@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Int, Int32
+from jaxtyping import Float, Int, Int32
 
 from stackwise_jax.errors import UserError
 
@@ -100,6 +100,10 @@ class Tokenizer:
         special = frozenset(self.special_ids)
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in special]
         return self._processor.decode(kept) if kept else ""
+
+    def scored_bytes(self, targets: Int[np.ndarray, "*m"], weights: Float[np.ndarray, "*m"]) -> int:
+        """UTF-8 bytes of the text that a loss asks for: of the targets whose weight is not 0."""
+        return int(self.piece_bytes[targets[weights > 0]].sum())
 
     @cached_property
     def piece_bytes(self) -> Int32[np.ndarray, "V"]:

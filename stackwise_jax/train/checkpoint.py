@@ -237,10 +237,9 @@ def read_frozen(path: Path, config: RunConfig, parts: Mapping[str, Mapping[str, 
       DamagedError: see `read_tree`.
     """
     frozen = Frozen()
-    has_table = config.training.head == "copy" or not config.model.ties_embedding
     for kind in ("embedding", "stacks", "head"):
         for name, reference in parts[kind].items():
-            shape = part_shape(config, jax.random.key(0), kind, name, head_has_table=has_table)
+            shape = part_shape(config, jax.random.key(0), kind, name)
             tree = read_tree(path / "stacks" / reference, shape)
             frozen.keep(kind, name, tree, tree_digest(tree))
     return frozen

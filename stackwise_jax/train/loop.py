@@ -23,7 +23,6 @@ from stackwise_jax.memory import budget
 from stackwise_jax.memory.fingerprint import tree_digest
 from stackwise_jax.memory.placement import to_device, to_host
 from stackwise_jax.memory.precision import to_storage
-from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import checkpoint
 from stackwise_jax.train.chained import make_chained_step
@@ -41,9 +40,9 @@ from stackwise_jax.train.state import (
     snapshot_shape,
     untie_head,
 )
-from stackwise_jax.train.step import Program, make_evaluation, make_train_step
+from stackwise_jax.train.step import make_evaluation, make_program, make_train_step
 from stackwise_jax.train.trunk import TrunkInputs
-from stackwise_jax.types import Params, Vocabulary
+from stackwise_jax.types import Params
 
 MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
 
@@ -80,13 +79,6 @@ class _Clock:
         self.logged, self.data_seconds, self.is_first = logged, 0.0, False
 
 
-def make_program(config: RunConfig, corpus: Corpus, n_rows: int) -> Program:
-    """The static part of every compiled function of a run."""
-    tokenizer = corpus.tokenizer
-    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
-    return Program(config, make_corrupt(config.objective, vocabulary, n_rows=n_rows))
-
-
 def run(config: RunConfig, corpus: Corpus, workdir: Path | str, *, say: Callable[[str], None] = print) -> Result:
     """Trains a run to its end, from the beginning or from where its folder stands."""
     return Run(config, corpus, Path(workdir), say).to_end()
@@ -100,7 +92,7 @@ class Run:
         layout = chunk_layout(corpus.train.n_rows, config.training.batch_size, row_bytes, config.cache.chunk_bytes)
         self.config, self.corpus = config, corpus
         self.plan = make_plan(config, layout.n_rows)
-        self.program = make_program(config, corpus, layout.n_rows)
+        self.program = make_program(config, corpus.tokenizer, n_rows=layout.n_rows)
         self.inputs = TrunkInputs(self.program, corpus, layout)
         self.folder = RunFolder(workdir, config)  # only after everything that may refuse the run
         self.folder.require_corpus(corpus.digest)
@@ -118,8 +110,9 @@ class Run:
         self._steps: dict[Signature, Any] = {}
         self._evaluations: dict[Signature, Any] = {}
         (workdir / "tokenizer.model").write_bytes(corpus.tokenizer.model)
-        checkpoint.write_text(workdir / "plan.txt", describe(self.plan) + "\n")
-        say(describe(self.plan))
+        text = describe(self.plan)
+        checkpoint.write_text(workdir / "plan.txt", text + "\n")
+        say(text)
         self._begin(say)
         self.writer = MetricsWriter(workdir, resume_step=self.position.step)
         self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops))
@@ -147,8 +140,9 @@ class Run:
             self.state = join_states(self.state, fresh_stacks(self.config, self.program.key, phase))
         self.inputs.prepare(phase, self.frozen, self.progress.note)
         started = time.perf_counter()
-        self._train(phase, signature)
-        result = self._evaluate(phase, signature, self.frozen_parts(phase, signature))
+        frozen = self.frozen_parts(phase, signature)
+        self._train(phase, signature, frozen)
+        result = self._evaluate(phase, signature, frozen)
         self.position.held_out[phase.name] = result
         self.writer.write("held_out", self.position.step, {"phase": phase.name, **result})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
@@ -159,12 +153,11 @@ class Run:
         self.position.phase, self.position.phase_step = self.position.phase + 1, 0
         self._save()
 
-    def _train(self, phase: Phase, signature: Signature) -> None:
+    def _train(self, phase: Phase, signature: Signature, frozen: Params) -> None:
         config, position = self.config, self.position
         if signature not in self._steps:
             self._steps[signature] = MAKE_STEP[signature.execution](self.program, signature)
         step_function = self._steps[signature]
-        frozen = self.frozen_parts(phase, signature)
         pending: tuple[int, dict[str, Array]] | None = None
         clock = _Clock(position.phase_step)
         while position.phase_step < phase.steps:
@@ -237,9 +230,9 @@ class Run:
     @functools.cached_property
     def _held_out_bytes(self) -> int:
         """Bytes of the text that the held-out loss asks for."""
-        size = self.corpus.tokenizer.piece_bytes
         examples = (self.program.corrupt(self.program.mask_key, batch) for batch in self.inputs.held_out)
-        return sum(int(size[np.asarray(e.targets)[np.asarray(e.weights) > 0]].sum()) for e in examples)
+        count = self.corpus.tokenizer.scored_bytes
+        return sum(count(np.asarray(example.targets), np.asarray(example.weights)) for example in examples)
 
     def frozen_parts(self, phase: Phase, signature: Signature) -> Params:
         """What the step runs through: only what it needs, so that equal signatures see equal trees."""

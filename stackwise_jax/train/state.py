@@ -91,15 +91,15 @@ def snapshot_shape(config: RunConfig, key: Key, phase: Phase, signature: Signatu
     return jax.eval_shape(draw)
 
 
-def part_shape(config: RunConfig, key: Key, kind: str, name: str, *, head_has_table: bool) -> Any:
-    """Shapes and dtypes of a frozen part as stored."""
+def part_shape(config: RunConfig, key: Key, kind: str, name: str) -> Any:
+    """Shapes and dtypes of a frozen part as stored; a frozen or tapped head has been untied where it ever is."""
     model = config.model
     if kind == "stacks":
         size = stack_sizes(config)[int(name)]
         return jax.eval_shape(lambda: to_storage(init_rack_stack(key, model, 0, size), config.precision.trunk))
     if kind == "embedding":
         return jax.eval_shape(lambda: init_embedding(key, model))
-    own_table = dataclasses.replace(model, ties_embedding=not head_has_table)
+    own_table = dataclasses.replace(model, ties_embedding=model.ties_embedding and config.training.head != "copy")
     return jax.eval_shape(lambda: init_head(key, own_table))
 
 

@@ -14,17 +14,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.memory.precision import DTYPES
 from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context
 from stackwise_jax.models.stack import apply_stack
-from stackwise_jax.objectives.objective import Corrupt
+from stackwise_jax.objectives.objective import Corrupt, make_corrupt
 from stackwise_jax.ops.loss import cross_entropy
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.curriculum import Role, Signature
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.types import AnyArray, Batch, Example, Key, Params
+from stackwise_jax.types import AnyArray, Batch, Example, Key, Params, Vocabulary
 
 # Streams of the run's key that steps draw from (models/rack.py uses 0 to 2).
 MASK_STREAM, DROPOUT_STREAM = 3, 4
@@ -73,6 +74,12 @@ class Program:
         """Arithmetic of live stacks."""
         precision = self.config.training.progressive.new_stack_precision
         return DTYPES[precision or self.config.precision.compute]
+
+
+def make_program(config: RunConfig, tokenizer: Tokenizer, *, n_rows: int) -> Program:
+    """The program of a run on a corpus of `n_rows` training rows."""
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
+    return Program(config, make_corrupt(config.objective, vocabulary, n_rows=n_rows))
 
 
 def run_path(

@@ -90,8 +90,7 @@ def _cut(workdir: Path, config: RunConfig, meta: dict, rack: Params, n_stacks: i
     reference = taps.get(str(n_stacks - 1))
     head = rack["head"]
     if reference is not None:
-        has_table = config.training.head == "copy" or not config.model.ties_embedding
-        shape = part_shape(config, jax.random.key(0), "head", "head", head_has_table=has_table)
+        shape = part_shape(config, jax.random.key(0), "head", "head")
         head = to_device(checkpoint.read_tree(workdir / "stacks" / reference, shape))
     elif config.training.head != "frozen" or not 0 < n_stacks <= len(rack["stacks"]):
         depths = ", ".join(str(int(stack) + 1) for stack in sorted(taps, key=int)) or "none"

@@ -125,9 +125,7 @@ class TrunkInputs:
 
     def _rows(self, name: str, row_ids: np.ndarray, variant: int) -> Batch:
         split = self._corpus.train if name == "train" else self._corpus.validation
-        visits = np.full(len(row_ids), variant, np.int32)
-        isolate = self._program.config.data.isolate_documents
-        return Batch(*split.rows(row_ids, isolate_documents=isolate), row_ids.astype(np.int32), visits)
+        return split.batch(row_ids, variant, isolate_documents=self._program.config.data.isolate_documents)
 
     def _bring(
         self, name: str, cache: ActivationCache, trunk: tuple[int, ...], frozen: Frozen, note: Callable[[str], None]

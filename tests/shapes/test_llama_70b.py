@@ -58,10 +58,9 @@ def step_shapes(config: RunConfig, phases: tuple[Phase, ...], index: int) -> tup
     B, T = config.training.batch_size, config.data.seq_len
     corrupt = make_corrupt(config.objective, Vocabulary(config.model.vocab_size, 4, (0, 1, 2, 3, 4)), n_rows=1024)
     state = snapshot_shape(config, key, phase, sig, inside=True)
-    table = sig.head_has_table
     frozen = {}
     if phase.head is Role.FROZEN:
-        frozen["head"] = part_shape(config, key, "head", "head", head_has_table=table)
+        frozen["head"] = part_shape(config, key, "head", "head")
 
     def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
