@@ -17,9 +17,8 @@ import numpy as np
 from jaxtyping import Array
 
 from stackwise_jax.data.corpus import Corpus
-from stackwise_jax.data.pipeline import Order, chunk_layout, make_batches
+from stackwise_jax.data.pipeline import make_batches
 from stackwise_jax.errors import UserError
-from stackwise_jax.memory import budget
 from stackwise_jax.memory.fingerprint import tree_digest
 from stackwise_jax.memory.placement import to_device, to_host
 from stackwise_jax.memory.precision import to_storage
@@ -41,7 +40,7 @@ from stackwise_jax.train.state import (
     untie_head,
 )
 from stackwise_jax.train.step import make_evaluation, make_program, make_train_step
-from stackwise_jax.train.trunk import TrunkInputs
+from stackwise_jax.train.trunk import TrunkInputs, store_maker
 from stackwise_jax.types import Params
 
 MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
@@ -88,13 +87,12 @@ class Run:
     """One run in one process."""
 
     def __init__(self, config: RunConfig, corpus: Corpus, workdir: Path, say: Callable[[str], None]) -> None:
-        row_bytes = budget.cache_bytes(config, 1, 1)  # a chunk holds one variant of its rows
-        layout = chunk_layout(corpus.train.n_rows, config.training.batch_size, row_bytes, config.cache.chunk_bytes)
         self.config, self.corpus = config, corpus
-        self.plan = make_plan(config, layout.n_rows)
-        self.program = make_program(config, corpus.tokenizer, n_rows=layout.n_rows)
-        order = Order(layout, config.training.batch_size, config.seed)
-        self.inputs = TrunkInputs(self.program, corpus, order)
+        self.plan = make_plan(config, corpus.train.n_rows)
+        order = self.plan.order
+        self.program = make_program(config, corpus.tokenizer, n_rows=order.layout.n_rows)
+        make_store = store_maker(self.plan, workdir, lambda line: self.progress.say(line))
+        self.inputs = TrunkInputs(self.program, corpus, order, make_store)
         self.folder = RunFolder(workdir, config)  # only after everything that may refuse the run
         self.folder.require_corpus(corpus.digest)
         self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
@@ -118,6 +116,7 @@ class Run:
         try:
             while self.position.phase < len(self.plan.phases):
                 self._run_phase(self.plan.phases[self.position.phase], self.plan.signatures[self.position.phase])
+            self.inputs.clear()
         finally:
             self.writer.close()
             self.inputs.release()
@@ -132,7 +131,7 @@ class Run:
     def _run_phase(self, phase: Phase, signature: Signature) -> None:
         if "stacks" not in self.state.params and phase.live_stacks:
             self.state = join_states(self.state, fresh_stacks(self.config, self.program.key, phase))
-        self.inputs.prepare(phase, self.frozen, self.progress.note)
+        self.inputs.prepare(phase, self.frozen, self.position.step, self.progress.note)
         started = time.perf_counter()
         frozen = self.frozen_parts(phase, signature)
         self._train(phase, signature, frozen)
