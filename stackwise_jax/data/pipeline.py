@@ -1,7 +1,7 @@
-"""In which order rows are seen: chunks, then batches inside a chunk, reshuffled every epoch; Grain reads ahead.
+"""In which order rows are seen: windows, chunks in them, batches in those, reshuffled every time; Grain reads ahead.
 
-A chunk is what the activation cache holds as one array, so a batch never mixes two. The order is a function of the seed
-and the position in the stream alone; the iterator's state is the position.
+A chunk is what the activation cache holds as one array, so a batch never mixes two; a window is what it holds at once.
+The order is a function of the seed and the number of the batch alone, so a stream begins anywhere at once.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from jaxtyping import Int64
 
 from stackwise_jax.data.corpus import Split
 from stackwise_jax.data.permutation import permutation
@@ -16,15 +17,30 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.types import Batch
 
 _CHUNKS, _ROWS = 0, 1  # streams of random orders
+_END = 2**62  # batches that no run draws
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkLayout:
-    """Row r is in chunk `r // rows_per_chunk`; rows from `n_rows` on are not used."""
+    """Row r is in chunk `r // rows_per_chunk`; rows from `n_rows` on are not used.
+
+    The chunks are divided into `n_windows` equal windows, one after another; every window is visited `window_visits`
+    times before the next.
+    """
 
     rows_per_chunk: int
     n_chunks: int
     n_rows: int
+    n_windows: int = 1
+    window_visits: int = 1
+
+    @property
+    def chunks_per_window(self) -> int:
+        return self.n_chunks // self.n_windows
+
+    @property
+    def rows_per_window(self) -> int:
+        return self.chunks_per_window * self.rows_per_chunk
 
 
 def chunk_layout(n_rows: int, batch_size: int, row_bytes: int, chunk_bytes: int) -> ChunkLayout:
@@ -57,29 +73,85 @@ def chunk_layout(n_rows: int, batch_size: int, row_bytes: int, chunk_bytes: int)
     return ChunkLayout(rows_per_chunk, n_chunks, n_chunks * rows_per_chunk)
 
 
-def make_batches(
-    split: Split, layout: ChunkLayout, *, batch_size: int, seed: int, isolate_documents: bool
-) -> grain.IterDataset[Batch]:
-    """Returns the endless stream of training batches: int32 numpy arrays on the host.
+def in_windows(layout: ChunkLayout, rows_per_window: int, window_visits: int) -> ChunkLayout:
+    """Divides chunks into the fewest equal windows of at most `rows_per_window` rows, or of one chunk.
 
-    Every epoch visits every row of the layout once, chunk after chunk, in an order of its own; `visits` is the epoch.
-    An iterator of it has `get_state()` and `set_state()`; the state is a small JSON-able dictionary.
+    Fewer chunks than there are windows may be left out.
     """
-    if layout.rows_per_chunk % batch_size or layout.n_rows > split.n_rows:
-        raise ValueError(f"{layout} does not fit batches of {batch_size} from {split.n_rows} rows")
-    batches_per_chunk = layout.rows_per_chunk // batch_size
-    batches_per_epoch = batches_per_chunk * layout.n_chunks
+    most_chunks = max(1, rows_per_window // layout.rows_per_chunk)
+    n_windows = -(-layout.n_chunks // most_chunks)
+    n_chunks = layout.n_chunks // n_windows * n_windows
+    return ChunkLayout(
+        layout.rows_per_chunk,
+        n_chunks,
+        n_chunks * layout.rows_per_chunk,
+        n_windows,
+        window_visits if n_windows > 1 else 1,
+    )
 
-    def read(index: int, _: int) -> Batch:
-        chunk_visit, batch_in_chunk = divmod(index, batches_per_chunk)
-        epoch, chunk_in_epoch = divmod(chunk_visit, layout.n_chunks)
-        chunk = permutation(layout.n_chunks, seed, _CHUNKS, epoch)[chunk_in_epoch]
-        places = permutation(layout.rows_per_chunk, seed, _ROWS, chunk_visit)
-        places = places[batch_in_chunk * batch_size : (batch_in_chunk + 1) * batch_size]
-        row_ids = chunk * layout.rows_per_chunk + places
-        return split.batch(row_ids, epoch, isolate_documents=isolate_documents)
 
-    batches = grain.MapDataset.range(batches_per_epoch).repeat().map_with_index(read)
+@dataclasses.dataclass(frozen=True)
+class ChunkVisit:
+    """One pass over the rows of one chunk.
+
+    Attributes:
+      chunk: which.
+      times: how many times it was visited before.
+    """
+
+    chunk: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which rows batch number `index` has, for every index from 0 on."""
+
+    layout: ChunkLayout
+    batch_size: int
+    seed: int
+
+    @property
+    def batches_per_chunk(self) -> int:
+        return self.layout.rows_per_chunk // self.batch_size
+
+    def visit(self, number: int) -> ChunkVisit:
+        """The chunk that is visited as number `number`; batches `number * batches_per_chunk ..` come out of it."""
+        layout = self.layout
+        window_pass, place = divmod(number, layout.chunks_per_window)
+        stay, times_in_stay = divmod(window_pass, layout.window_visits)
+        times_before, window = divmod(stay, layout.n_windows)
+        times = times_before * layout.window_visits + times_in_stay
+        inside = permutation(layout.chunks_per_window, self.seed, _CHUNKS, times, window)[place]
+        return ChunkVisit(window * layout.chunks_per_window + int(inside), times)
+
+    def window(self, index: int) -> int:
+        """The window that batch `index` comes out of."""
+        return self.visit(index // self.batches_per_chunk).chunk // self.layout.chunks_per_window
+
+    def row_ids(self, index: int) -> tuple[Int64[np.ndarray, "B"], int]:
+        """The rows of batch `index`, and how many times each was drawn before."""
+        number, batch_in_chunk = divmod(index, self.batches_per_chunk)
+        visit = self.visit(number)
+        places = permutation(self.layout.rows_per_chunk, self.seed, _ROWS, number)
+        places = places[batch_in_chunk * self.batch_size : (batch_in_chunk + 1) * self.batch_size]
+        return visit.chunk * self.layout.rows_per_chunk + places, visit.times
+
+
+def make_batches(split: Split, order: Order, *, isolate_documents: bool, start: int = 0) -> grain.IterDataset[Batch]:
+    """Returns the endless stream of training batches from number `start` on: int32 numpy arrays on the host.
+
+    Every pass visits every row of a window once, chunk after chunk, in an order of its own; `visits` counts them.
+    """
+    layout = order.layout
+    if layout.rows_per_chunk % order.batch_size or layout.n_rows > split.n_rows:
+        raise ValueError(f"{layout} does not fit batches of {order.batch_size} from {split.n_rows} rows")
+
+    def read(index: int) -> Batch:
+        row_ids, times = order.row_ids(index)
+        return split.batch(row_ids, times, isolate_documents=isolate_documents)
+
+    batches = grain.MapDataset.range(start, _END).map(read)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from stackwise_jax.data.corpus import Corpus
-from stackwise_jax.data.pipeline import chunk_layout, make_batches
+from stackwise_jax.data.pipeline import Order, chunk_layout, make_batches
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory import budget
 from stackwise_jax.memory.fingerprint import tree_digest
@@ -93,18 +93,10 @@ class Run:
         self.config, self.corpus = config, corpus
         self.plan = make_plan(config, layout.n_rows)
         self.program = make_program(config, corpus.tokenizer, n_rows=layout.n_rows)
-        self.inputs = TrunkInputs(self.program, corpus, layout)
+        order = Order(layout, config.training.batch_size, config.seed)
+        self.inputs = TrunkInputs(self.program, corpus, order)
         self.folder = RunFolder(workdir, config)  # only after everything that may refuse the run
         self.folder.require_corpus(corpus.digest)
-        self.batches = iter(
-            make_batches(
-                corpus.train,
-                layout,
-                batch_size=config.training.batch_size,
-                seed=config.seed,
-                isolate_documents=config.data.isolate_documents,
-            )
-        )
         self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
         self.state = TrainState({}, {})
         self._steps: dict[Signature, Any] = {}
@@ -114,6 +106,8 @@ class Run:
         checkpoint.write_text(workdir / "plan.txt", text + "\n")
         say(text)
         self._begin(say)
+        isolate = config.data.isolate_documents  # every update draws one batch, so its number is the step's
+        self.batches = iter(make_batches(corpus.train, order, isolate_documents=isolate, start=self.position.step))
         self.writer = MetricsWriter(workdir, resume_step=self.position.step)
         self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops))
         self.progress.count(self.position.done_flops)
@@ -164,7 +158,7 @@ class Run:
             waited = time.perf_counter()
             batch = next(self.batches)
             clock.data_seconds += time.perf_counter() - waited
-            batch, activations = self.inputs.training_batch(phase, batch)
+            batch, activations = self.inputs.training_batch(phase, batch, position.step)
             fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
             self.state, metrics = step_function(
                 self.state,
@@ -286,7 +280,7 @@ class Run:
 
     def _save(self) -> None:
         position = dataclasses.asdict(self.position)
-        meta = {"position": position, "data": self.batches.get_state(), "parts": self.references}
+        meta = {"position": position, "parts": self.references}
         keep = self.config.checkpoint.keep
         self.folder.write_step(self.position.phase, self.position.step, self.state, meta, keep=keep)
         self._saved_at = time.monotonic()
@@ -300,7 +294,6 @@ class Run:
             return
         meta = checkpoint.read_meta(folder)
         self.position, self.references = Position(**meta["position"]), meta["parts"]
-        self.batches.set_state(meta["data"])
         self.frozen = checkpoint.read_frozen(self.folder.path, config, self.references)
         phase = self.position.phase
         at = "the end"

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from stackwise_jax import __version__
 from stackwise_jax.data.corpus import Corpus
-from stackwise_jax.data.pipeline import ChunkLayout, validation_batches
+from stackwise_jax.data.pipeline import Order, validation_batches
 from stackwise_jax.memory import fingerprint
 from stackwise_jax.memory.activations import ActivationCache, DeviceStore
 from stackwise_jax.memory.placement import to_device
@@ -56,9 +56,9 @@ class Forward:
 class TrunkInputs:
     """Feeds phases with what their trunk puts out, from a cache or recomputed; the validation set has a twin cache."""
 
-    def __init__(self, program: Program, corpus: Corpus, layout: ChunkLayout) -> None:
+    def __init__(self, program: Program, corpus: Corpus, order: Order) -> None:
         config = program.config
-        self._program, self._corpus, self._layout = program, corpus, layout
+        self._program, self._corpus, self._order = program, corpus, order
         self._forward = Forward(program)
         self._variants = variants(config.objective)
         self.held_out = list(
@@ -92,8 +92,8 @@ class TrunkInputs:
         """Gives up the caches and what else is on the device."""
         self._caches, self._embedding, self._trunk = {}, None, []
 
-    def training_batch(self, phase: Phase, batch: Batch) -> tuple[Batch, Array | None]:
-        """Returns the batch as the step must see it and the trunk's output for it (None: start from tokens)."""
+    def training_batch(self, phase: Phase, batch: Batch, index: int) -> tuple[Batch, Array | None]:
+        """Returns batch number `index` as the step must see it, and the trunk's output for it (None: from tokens)."""
         if phase.cached:
             variant = np.mod(batch.visits, self._variants).astype(np.int32)
             batch = dataclasses.replace(batch, visits=variant)
@@ -116,8 +116,8 @@ class TrunkInputs:
         return ActivationCache(
             DeviceStore(),
             functools.partial(self._rows, name),
-            n_rows=self._layout.n_rows if name == "train" else rows,
-            rows_per_chunk=self._layout.rows_per_chunk if name == "train" else rows,
+            n_rows=self._order.layout.n_rows if name == "train" else rows,
+            rows_per_chunk=self._order.layout.rows_per_chunk if name == "train" else rows,
             batch_size=config.training.batch_size,
             variants=self._variants if name == "train" else 1,
             dtype=DTYPES[config.precision.cache],
@@ -155,7 +155,9 @@ class TrunkInputs:
                 {
                     "code": __version__,
                     "corpus": split.digest,
-                    "rows": self._layout.n_rows if name == "train" else len(self.held_out) * config.training.batch_size,
+                    "rows": self._order.layout.n_rows
+                    if name == "train"
+                    else len(self.held_out) * config.training.batch_size,
                     "seq_len": config.data.seq_len,
                     "isolate_documents": config.data.isolate_documents,
                     "tokenizer": corpus.tokenizer.digest,

@@ -1,6 +1,5 @@
 """The order of rows: whole epochs, batches inside chunks, a function of seed and position, and exact continuation."""
 
-import json
 from itertools import islice, pairwise
 from typing import Any
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_jax.data.corpus import Corpus, Split
-from stackwise_jax.data.pipeline import ChunkLayout, chunk_layout, make_batches, validation_batches
+from stackwise_jax.data.pipeline import ChunkLayout, Order, chunk_layout, in_windows, make_batches, validation_batches
 from stackwise_jax.errors import UserError
 from stackwise_jax.types import Batch
 
@@ -26,8 +25,8 @@ def split() -> Split:
     return Split(tokens, np.array([*range(0, 100, 7), 100], np.int64), 25, 100, 0, "")
 
 
-def stream(split: Split, seed: int = 0, layout: ChunkLayout = LAYOUT) -> Any:
-    return iter(make_batches(split, layout, batch_size=B, seed=seed, isolate_documents=True))
+def stream(split: Split, seed: int = 0, layout: ChunkLayout = LAYOUT, start: int = 0) -> Any:
+    return iter(make_batches(split, Order(layout, B, seed), isolate_documents=True, start=start))
 
 
 def order(batches: Any, n_batches: int) -> list[int]:
@@ -81,7 +80,7 @@ def test_batches_hold_the_rows_they_name(split: Split) -> None:
 
 
 def test_isolation_reaches_the_rows(split: Split) -> None:
-    batch: Batch = next(iter(make_batches(split, LAYOUT, batch_size=B, seed=0, isolate_documents=False)))
+    batch: Batch = next(iter(make_batches(split, Order(LAYOUT, B, 0), isolate_documents=False)))
     assert np.asarray(batch.segments).max() == 1
 
 
@@ -93,22 +92,54 @@ def test_the_seed_alone_decides_the_order(split: Split) -> None:
     assert order(stream(split, 0), 2 * PER_EPOCH)[24:] != order(stream(split, 1), PER_EPOCH)
 
 
-def test_a_restored_stream_goes_on_exactly(split: Split) -> None:
-    for n_before in (0, 1, 5, PER_EPOCH - 1, PER_EPOCH, 3 * PER_EPOCH + 2):
-        batches = stream(split)
-        order(batches, n_before)
-        state = json.loads(json.dumps(batches.get_state()))
-        expected = [(batch.row_ids.tolist(), batch.visits.tolist()) for batch in islice(batches, 40)]
-        restored = stream(split)
-        order(restored, 7)  # it may have been used, and have read ahead
-        restored.set_state(state)
-        assert [(batch.row_ids.tolist(), batch.visits.tolist()) for batch in islice(restored, 40)] == expected
+def drawn(batches: Any, n_batches: int) -> list[tuple[list[int], list[int]]]:
+    return [(batch.row_ids.tolist(), batch.visits.tolist()) for batch in islice(batches, n_batches)]
 
 
-def test_continuation_detects_a_state_that_is_not_restored(split: Split) -> None:
-    batches = stream(split)
-    order(batches, 5)
-    assert order(batches, 10) != order(stream(split), 10)
+@pytest.mark.parametrize("start", [0, 1, 5, PER_EPOCH - 1, PER_EPOCH, 3 * PER_EPOCH + 2])
+def test_a_stream_begins_anywhere(split: Split, start: int) -> None:
+    whole = drawn(stream(split), start + 40)
+    assert drawn(stream(split, start=start), 40) == whole[start:]
+    assert drawn(stream(split, start=start + 1), 40) != whole[start:]
+
+
+def test_a_stream_begins_far_out_without_walking_there(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = Order.row_ids
+
+    def count(self: Order, index: int) -> Any:
+        read.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(Order, "row_ids", count)
+    batch = next(stream(split, start=10**7))
+    assert min(read) == 10**7
+    assert len(read) < 32  # what is read ahead
+    assert batch.visits.tolist() == [10**7 // PER_EPOCH] * B
+
+
+WINDOWS = ChunkLayout(rows_per_chunk=4, n_chunks=6, n_rows=24, n_windows=3, window_visits=2)
+
+
+def test_windows_are_visited_several_times_before_the_next(split: Split) -> None:
+    order_of = Order(WINDOWS, B, 0)
+    per_pass = WINDOWS.rows_per_window // B
+    for first in range(0, 12 * per_pass, per_pass):
+        rows = np.concatenate([order_of.row_ids(index)[0] for index in range(first, first + per_pass)])
+        window = order_of.window(first)
+        assert sorted(rows) == list(range(8 * window, 8 * window + 8))
+        assert {order_of.window(index) for index in range(first, first + per_pass)} == {window}
+        times = {order_of.row_ids(index)[1] for index in range(first, first + per_pass)}
+        stay, again = divmod(first // per_pass, 2)
+        assert window == stay % 3
+        assert times == {2 * (stay // 3) + again}
+
+
+def test_one_window_is_no_window(split: Split) -> None:
+    assert in_windows(LAYOUT, 1000, 5) == LAYOUT
+    assert in_windows(LAYOUT, 12, 5) == ChunkLayout(6, 4, 24, 2, 5)
+    assert in_windows(ChunkLayout(6, 5, 30), 13, 1) == ChunkLayout(6, 3, 18, 3, 1)
+    assert in_windows(LAYOUT, 1, 1) == ChunkLayout(6, 4, 24, 4, 1)
 
 
 def test_a_layout_that_does_not_fit_is_refused(split: Split) -> None:
@@ -169,7 +200,7 @@ def test_validation_batches_are_always_the_same(split: Split) -> None:
 
 def test_a_prepared_corpus_streams(corpus: Corpus) -> None:
     layout = chunk_layout(corpus.train.n_rows, 4, 100, 2000)
-    batches = make_batches(corpus.train, layout, batch_size=4, seed=0, isolate_documents=True)
+    batches = make_batches(corpus.train, Order(layout, 4, 0), isolate_documents=True)
     seen = [row for batch in islice(batches, layout.n_rows // 4) for row in batch.row_ids.tolist()]
     assert follows_the_rules(seen, layout)
     assert layout.n_chunks > 1

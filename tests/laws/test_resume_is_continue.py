@@ -78,7 +78,7 @@ def test_resume_detects_a_lost_data_position(tiny: Any, tiny_corpus: Any, tmp_pa
     whole = finish(config, tiny_corpus, tmp_path / "whole")
     stop_after(config, tiny_corpus, tmp_path / "stopped", 8)
     run = loop.Run(config, tiny_corpus, tmp_path / "stopped", lambda _: None)
-    fresh = loop.Run(config, tiny_corpus, tmp_path / "fresh", lambda _: None)
-    run.batches.set_state(fresh.batches.get_state())
+    fresh = loop.Run(config, tiny_corpus, tmp_path / "fresh", lambda _: None)  # its stream stands at the beginning
+    run.batches = fresh.batches
     with pytest.raises(AssertionError):
         assert_bitwise(whole, run.to_end().rack)
