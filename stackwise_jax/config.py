@@ -22,9 +22,10 @@ PRECISIONS = ("fp32", "bf16")
 CACHE_PRECISIONS = (*PRECISIONS, "fp8")
 GROWING_MODES = ("layerwise", "blockwise", "stackwise")
 
-# Sections and fields that may differ when a run folder is continued: they change no number that a run computes.
-FREE_SECTIONS = ("checkpoint", "logging", "generation")
-FREE_FIELDS = ("data.cache_dir", "cache.tier", "cache.folder", "cache.on_mismatch")
+# Sections and fields that may differ when a run folder is continued: they change no number that a run computes (a
+# prepared corpus is checked by its digest, wherever it lies).
+FREE_FIELDS = ("checkpoint", "logging", "generation", "data.prepared", "data.cache_dir")
+FREE_FIELDS += ("cache.tier", "cache.folder", "cache.on_mismatch")
 
 
 def default() -> Any:
@@ -320,9 +321,12 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
             flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
         return flat
 
+    def is_free(field: str) -> bool:
+        return any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
+
     before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     return [
         f"{field}={before[field]!r} (now {after[field]!r})"
         for field in before
-        if before[field] != after[field] and field.split(".")[0] not in FREE_SECTIONS and field not in FREE_FIELDS
+        if before[field] != after[field] and not is_free(field)
     ]

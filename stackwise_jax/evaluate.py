@@ -130,8 +130,10 @@ def _own_batches(trained: Trained, rows: int | None) -> Iterator[Batch]:
     except UserError as error:
         raise UserError(f"the run's own text cannot be opened: {error}; or give other text with --source") from None
     if corpus.digest != trained.corpus_digest:
+        data = config.data
+        named = f"data.prepared={data.prepared!r}" if data.prepared else f"data.source={data.source!r}"
         raise UserError(
-            f"data.source={config.data.source!r} is not the text that the run was trained on: it has changed since; "
+            f"{named} is not the text that the run was trained on: it has changed since; "
             "restore it, or give other text with --source"
         )
     return validation_batches(

@@ -59,6 +59,7 @@ class DataConfig:
     isolate_documents: bool = True  # attention stays inside a document of a packed row
     max_bytes: int | None = None  # of text read; None: all
     max_rows: int | None = None  # rows trained on; None: all
+    prepared: str = ""  # a folder that `prepare` made; then no source is read; empty: prepare or find it by the source
     cache_dir: str = ""  # prepared corpora and tokenizers; empty: $STACKWISE_CACHE or ~/.cache/stackwise_jax
 
 
