@@ -22,10 +22,10 @@ PRECISIONS = ("fp32", "bf16")
 CACHE_PRECISIONS = (*PRECISIONS, "fp8")
 GROWING_MODES = ("layerwise", "blockwise", "stackwise")
 
-# Sections and fields that may differ when a run folder is continued: they change no number that a run computes (a
-# prepared corpus is checked by its digest, wherever it lies).
+# Sections and fields that may differ when a run folder is continued: they change no number that a run computes,
+# or by rounding alone (a prepared corpus is checked by its digest, wherever it lies).
 FREE_FIELDS = ("checkpoint", "logging", "generation", "data.prepared", "data.cache_dir")
-FREE_FIELDS += ("cache.tier", "cache.folder", "cache.on_mismatch")
+FREE_FIELDS += ("cache.tier", "cache.folder", "cache.on_mismatch", "mesh")
 
 
 def default() -> Any:
@@ -144,6 +144,7 @@ def _settle(config: RunConfig) -> RunConfig:
     )
     _check_model(config)
     _check_training(config)
+    _check_mesh(config)
     return config
 
 
@@ -192,7 +193,7 @@ _AT_LEAST: dict[str, float] = {
     "cache.window_visits": 1, "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
     "checkpoint.keep": 1, "evaluation.rows": 1, "evaluation.every_steps": 1, "generation.samples": 0,
     "generation.tokens": 1, "generation.temperature": 0, "generation.top_k": 0, "logging.every_steps": 1,
-    "logging.peak_flops": 1,
+    "logging.peak_flops": 1, "mesh.data": 1, "mesh.fsdp": 1, "mesh.processes": 1, "mesh.process_id": 0,
 }  # fmt: skip
 _FRACTIONS = (
     "model.dropout", "data.validation_fraction", "objective.rate_min", "objective.rate_max", "optimizer.beta1",
@@ -271,6 +272,40 @@ def _check_training(config: RunConfig) -> None:
     _require(
         bool(config.data.validation_source) or config.data.validation_fraction > 0.0,
         "data.validation_fraction=0 leaves nothing to evaluate on; set it above 0 or give data.validation_source",
+    )
+
+
+def _check_mesh(config: RunConfig) -> None:
+    mesh, training = config.mesh, config.training
+    devices = mesh.n_devices
+    sizes = f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp}"
+    micro_batch = training.batch_size // training.accumulation_steps
+    _require(
+        micro_batch % devices == 0,
+        f"{sizes} must divide the {micro_batch} rows of training.batch_size / training.accumulation_steps",
+    )
+    caches = training.mode != "end_to_end" and training.progressive.cache_activations is not False
+    _require(
+        not caches or config.data.seq_len % devices == 0,
+        f"{sizes} must divide data.seq_len={config.data.seq_len}, by which the activation cache is divided",
+    )
+    _require(
+        config.model.d_model % mesh.fsdp == 0,
+        f"mesh.fsdp={mesh.fsdp} must divide model.d_model={config.model.d_model}, so that every matrix can be divided",
+    )
+    named = (bool(mesh.coordinator), mesh.processes is not None, mesh.process_id is not None)
+    _require(
+        not any(named) or (mesh.distributed and all(named)),
+        "mesh.coordinator, mesh.processes and mesh.process_id go together, and with mesh.distributed=True; "
+        f"they are {mesh.coordinator!r}, {mesh.processes} and {mesh.process_id}",
+    )
+    _require(
+        mesh.process_id is None or mesh.process_id < (mesh.processes or 0),
+        f"mesh.process_id={mesh.process_id} must be below mesh.processes={mesh.processes}",
+    )
+    _require(
+        not mesh.distributed or config.cache.tier != "disk",
+        "cache.tier='disk' is for one process; with mesh.distributed=True set it to 'host', 'device' or 'auto'",
     )
 
 

@@ -144,6 +144,24 @@ class CacheConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Several devices: data * fsdp of them. A run may be continued on another number."""
+
+    data: int = 1  # groups of devices; each takes its share of the rows of a batch and of the cache
+    fsdp: int = 1  # devices of a group, among which weights and optimiser state are divided besides
+    distributed: bool = (
+        False  # one run in several processes, started alike; SLURM, Open MPI and TPU pods are recognised
+    )
+    coordinator: str = ""  # elsewhere: HOST:PORT of process 0
+    processes: int | None = None  # elsewhere: how many
+    process_id: int | None = None  # elsewhere: which one this is, from 0
+
+    @property
+    def n_devices(self) -> int:
+        return self.data * self.fsdp
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Snapshots of the live state; every phase boundary is one besides."""
 
@@ -179,7 +197,7 @@ class LoggingConfig:
     """Metrics go to metrics.jsonl always, and to TensorBoard files when the `tensorboard` extra is installed."""
 
     every_steps: int = 10  # between lines of metrics.jsonl
-    peak_flops: float | None = None  # FLOP/s that MFU is a share of; None: the device table in train/metrics.py
+    peak_flops: float | None = None  # FLOP/s of one device, for MFU; None: by the table in train/metrics.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +213,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
     cache: CacheConfig = CacheConfig()
+    mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     generation: GenerationConfig = GenerationConfig()

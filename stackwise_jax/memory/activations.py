@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.errors import UserError
+from stackwise_jax.memory.placement import ONE_DEVICE, Placement
 from stackwise_jax.memory.precision import Stored, as_stored, from_stored
 from stackwise_jax.memory.tiers import ChunkStore
 from stackwise_jax.types import Batch
@@ -53,6 +54,7 @@ class ActivationCache:
       n_chunks: of the whole corpus in one variant; a cache may hold a part of them.
       precision: of storage, a key of `memory.precision.DTYPES`.
       dtype: of what `read` returns.
+      placement: of the run; each of its devices holds an equal part of every chunk.
     """
 
     def __init__(
@@ -66,13 +68,14 @@ class ActivationCache:
         variants: int,
         precision: str,
         dtype: DTypeLike,
+        placement: Placement = ONE_DEVICE,
     ) -> None:
         if rows_per_chunk % batch_size:
             raise ValueError(f"chunks of {rows_per_chunk} rows in batches of {batch_size} do not divide")
         self._store, self._rows = store, rows
         self._rows_per_chunk, self._batch_size = rows_per_chunk, batch_size
         self._n_chunks, self._variants = n_chunks, variants
-        self._precision, self._dtype = precision, dtype
+        self._precision, self._dtype, self._placement = precision, dtype, placement
         self._trunk: Trunk | None = None  # what reading promises; None while that is not reached
         self._wanted: list[int] = []
 
@@ -128,7 +131,7 @@ class ActivationCache:
             stored = self._store.read(number)
         for next_chunk, next_variant in upcoming:
             self._store.expect(self._number(next_chunk, next_variant))
-        return _gather(stored, (row_ids % self._rows_per_chunk).astype(np.int32), self._dtype)
+        return _gather(stored, (row_ids % self._rows_per_chunk).astype(np.int32), self._dtype, self._placement)
 
     def clear(self) -> None:
         """Forgets every chunk, also those on disk."""
@@ -174,15 +177,15 @@ class ActivationCache:
         for offset, batch in self._batches(number):
             x = embed(batch)
             if stored is None:
-                stored = _empty(x, self._rows_per_chunk, self._precision)
-            stored = _write(stored, x, offset, self._precision)
+                stored = _empty(x, self._rows_per_chunk, self._precision, self._placement)
+            stored = _write(stored, x, offset, self._precision, self._placement)
         assert stored is not None
         return stored
 
     def _advanced(self, number: int, stored: Stored, forward: Callable[[Array, Batch], Array]) -> Stored:
         for offset, batch in self._batches(number):
-            x = forward(_slice(stored, offset, self._batch_size, self._dtype), batch)
-            stored = _write(stored, x, offset, self._precision)
+            x = forward(_slice(stored, offset, self._batch_size, self._dtype, self._placement), batch)
+            stored = _write(stored, x, offset, self._precision, self._placement)
         return stored
 
     def _batches(self, number: int) -> Iterator[tuple[int, Batch]]:
@@ -192,23 +195,29 @@ class ActivationCache:
             yield offset, self._rows(np.arange(first, first + self._batch_size), variant)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _empty(x: Float[Array, "B T D"], rows: int, precision: str) -> Stored:
-    return jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), as_stored(x, precision))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _empty(x: Float[Array, "B T D"], rows: int, precision: str, place: Placement) -> Stored:
+    like = as_stored(x, precision)
+    return place.as_chunk(jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), like))
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _write(stored: Stored, x: Float[Array, "B T D"], offset: Int[Array, ""] | int, precision: str) -> Stored:
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _write(
+    stored: Stored, x: Float[Array, "B T D"], offset: Int[Array, ""] | int, precision: str, place: Placement
+) -> Stored:
     update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=offset, axis=0)
-    return jax.tree.map(update, stored, as_stored(x, precision))
+    return place.as_chunk(jax.tree.map(update, stored, place.as_chunk(as_stored(x, precision))))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _slice(
+    stored: Stored, offset: Int[Array, ""] | int, size: int, dtype: DTypeLike, place: Placement
+) -> Float[Array, "B T D"]:
+    rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, offset, size, 0), stored)
+    return from_stored(place.as_rows(place.as_chunk(rows)), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _slice(stored: Stored, offset: Int[Array, ""] | int, size: int, dtype: DTypeLike) -> Float[Array, "B T D"]:
-    rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, offset, size, 0), stored)
-    return from_stored(rows, dtype)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _gather(stored: Stored, offsets: Int[Array, "B"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    return from_stored(jax.tree.map(lambda leaf: leaf[offsets], stored), dtype)
+def _gather(stored: Stored, offsets: Int[Array, "B"], dtype: DTypeLike, place: Placement) -> Float[Array, "B T D"]:
+    rows = jax.tree.map(lambda leaf: leaf[offsets], stored)
+    return from_stored(place.as_rows(place.as_chunk(rows)), dtype)

@@ -186,9 +186,11 @@ class HostStore:
 class DiskStore:
     """Chunks as files with digests, which outlive the process; read ahead and written behind by threads."""
 
-    def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, report: Callable[[str], None], place: placement.Placement = placement.ONE_DEVICE
+    ) -> None:
         """Opens a folder, with the chunks that an earlier process left in it; `report` is told of damaged ones."""
-        self._shards = ShardFolder(folder, placement.to_device, report)
+        self._shards = ShardFolder(folder, place.to_chunk, report)
         self._ahead = _Ahead()
 
     def fingerprint(self, chunk: int) -> str | None:

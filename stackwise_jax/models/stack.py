@@ -14,6 +14,9 @@ from stackwise_jax.models.block import Block, Context, KeyValues
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
 
+Body = Callable[[Array, Any], Any]
+"""One turn of the loop over blocks: (activations, (the block's weights, its key)) -> (activations, None)."""
+
 # What the backward pass of a block keeps: everything, the matmul outputs, or only the block's input.
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "none": lambda body: body,
@@ -45,6 +48,7 @@ def apply_stack(
     dtype: DTypeLike,
     remat: str = "none",
     key: Key | None = None,
+    around: Callable[[Body], Body] = lambda body: body,
 ) -> Float[Array, "B T D"]:
     """Runs the blocks of a stack in turn.
 
@@ -53,6 +57,7 @@ def apply_stack(
       dtype: of matmul inputs and of the residual stream.
       remat: a key of `REMAT`.
       key: for dropout; None leaves it out.
+      around: is put around each block; on several devices it brings the block's weights together.
     """
     block = Block(model, dtype)
     n_blocks = stack_size(params)
@@ -62,7 +67,7 @@ def apply_stack(
         block_params, block_key = of_block
         return block.apply({"params": block_params}, hidden, context, block_key)[0], None
 
-    return jax.lax.scan(REMAT[remat](body), x.astype(dtype), (params, keys), length=n_blocks)[0]
+    return jax.lax.scan(REMAT[remat](around(body)), x.astype(dtype), (params, keys), length=n_blocks)[0]
 
 
 def decode_stack(

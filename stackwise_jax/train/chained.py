@@ -14,8 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.models.block import Context
-from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table
-from stackwise_jax.models.stack import apply_stack
+from stackwise_jax.models.rack import apply_head_norm, output_table
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.curriculum import Role, Signature
 from stackwise_jax.train.state import TrainState
@@ -34,19 +33,21 @@ class ChainedGradients:
         self._embed_vjp = jax.jit(self._pull_embedding)
         self._forward = jax.jit(self._apply_stack, static_argnums=0)
         self._vjp = jax.jit(self._pull_stack, static_argnums=0)
-        self._head = jax.jit(jax.value_and_grad(self._apply_head, argnums=(0, 2)))
+        self._head = jax.jit(self._pull_head)
         self._add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
 
     def __call__(
         self, live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None
     ) -> tuple[Params, Array, Array]:
-        pieces = self.program.config.training.accumulation_steps
+        pieces, place = self.program.config.training.accumulation_steps, self.program.placement
         total: Any = None
         for index in range(pieces):
             batch_piece, activation_piece = jax.tree.map(
                 lambda leaf, i=index: leaf[i * (leaf.shape[0] // pieces) : (i + 1) * (leaf.shape[0] // pieces)],
                 (batch, activations),
             )
+            if pieces > 1:
+                batch_piece, activation_piece = place.to_rows((batch_piece, activation_piece))
             own_key = key if key is None or pieces == 1 else jax.random.fold_in(key, index)
             piece = self._one_piece(live, frozen, batch_piece, activation_piece, own_key)
             total = piece if total is None else self._add(total, piece)
@@ -84,23 +85,34 @@ class ChainedGradients:
         return grads, loss, jnp.sum(example.weights)
 
     def _apply_embedding(self, params: Params, example: Example, key: Key | None) -> Array:
-        return apply_embedding(params, example.inputs, example.positions, self.model, dtype=self.program.dtype, key=key)
+        return self.program.apply_embedding(params, example.inputs, example.positions, key)
 
     def _pull_embedding(self, params: Params, example: Example, key: Key | None, pull: Array) -> Params:
-        return jax.vjp(lambda p: self._apply_embedding(p, example, key), params)[1](pull)[0]
+        grads = jax.vjp(lambda p: self._apply_embedding(p, example, key), params)[1](pull)[0]
+        return self.program.placement.as_weights(grads)
 
     def _apply_stack(self, role: Role, params: Params, x: Array, context: Context, key: Key | None) -> Array:
         if role is Role.FROZEN:
-            return apply_stack(params, x, context, self.model, dtype=self.program.dtype)
-        remat = self.program.config.training.remat
-        return apply_stack(params, x, context, self.model, dtype=self.program.live_dtype, remat=remat, key=key)
+            return self.program.apply_frozen_stack(params, x, context)
+        return self.program.apply_live_stack(params, x, context, key)
 
     def _pull_stack(
         self, role: Role, params: Params, x: Array, context: Context, key: Key | None, pull: Array
     ) -> tuple[Params | None, Array]:
+        place = self.program.placement
         if role is Role.FROZEN:
-            return None, jax.vjp(lambda h: self._apply_stack(role, params, h, context, key), x)[1](pull)[0]
-        return jax.vjp(lambda p, h: self._apply_stack(role, p, h, context, key), params, x)[1](pull)
+            return None, place.as_rows(
+                jax.vjp(lambda h: self._apply_stack(role, params, h, context, key), x)[1](pull)[0]
+            )
+        grads, pull = jax.vjp(lambda p, h: self._apply_stack(role, p, h, context, key), params, x)[1](pull)
+        return place.as_weights(grads), place.as_rows(pull)
+
+    def _pull_head(
+        self, live: Params, frozen: Params, x: Array, example: Example
+    ) -> tuple[Float[Array, ""], tuple[Params, Array]]:
+        place = self.program.placement
+        loss, (grads, pull) = jax.value_and_grad(self._apply_head, argnums=(0, 2))(live, frozen, x, example)
+        return loss, (place.as_weights(grads), place.as_rows(pull))
 
     def _apply_head(self, live: Params, frozen: Params, x: Array, example: Example) -> Float[Array, ""]:
         parts = {**frozen, **live}
@@ -121,7 +133,7 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
         kind: str, params: Params, state: Any, grads: Params, factor: Float[Array, ""], fraction: Float[AnyArray, ""]
     ) -> tuple[Params, Any]:
         grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
-        return optimizer.update_part(transforms[kind], grads, state, params, fraction)
+        return program.placement.as_weights(optimizer.update_part(transforms[kind], grads, state, params, fraction))
 
     def train_step(
         state: TrainState,

@@ -20,7 +20,7 @@ from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.data.pipeline import make_batches
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory.fingerprint import tree_digest
-from stackwise_jax.memory.placement import to_device, to_host
+from stackwise_jax.memory.placement import to_host
 from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import checkpoint
@@ -107,7 +107,7 @@ class Run:
         isolate = config.data.isolate_documents  # every update draws one batch, so its number is the step's
         self.batches = iter(make_batches(corpus.train, order, isolate_documents=isolate, start=self.position.step))
         self.writer = MetricsWriter(workdir, resume_step=self.position.step)
-        self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops))
+        self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops, config.mesh))
         self.progress.count(self.position.done_flops)
         self._saved_at = time.monotonic()
 
@@ -235,7 +235,7 @@ class Run:
             parts["head"] = self.frozen.head
         if signature.embedding is Role.FROZEN and not signature.head_has_table:
             parts["embedding"] = self.frozen.embedding
-        return to_device(parts)
+        return self.program.placement.to_weights(parts)
 
     # State: beginning, settling, saving, restoring.
 
@@ -299,7 +299,7 @@ class Run:
         if phase < len(self.plan.phases):
             inside = self.position.phase_step > 0
             shape = snapshot_shape(config, key, self.plan.phases[phase], self.plan.signatures[phase], inside=inside)
-            self.state = to_device(checkpoint.read_tree(folder, shape))
+            self.state = self.program.placement.to_weights(checkpoint.read_tree(folder, shape))
             at = f"step {self.position.phase_step} of phase {self.plan.phases[phase].name}"
         say(f"continuing {self.folder.path} after {self.position.step} steps, at {at}")
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from stackwise_jax.memory.budget import readable_bytes, readable_count
+from stackwise_jax.schema import MeshConfig
 from stackwise_jax.train.checkpoint import write_text
 
 # Dense bf16 peak of a device, FLOP/s, by a part of the name that JAX reports (vendors' data sheets).
@@ -22,17 +23,17 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-def peak_flops(configured: float | None) -> float | None:
-    """The FLOP/s that MFU is a share of; None where the device is not in the table and nothing is configured."""
-    if configured is not None:
-        return configured
+def peak_flops(configured: float | None, mesh: MeshConfig) -> float | None:
+    """The FLOP/s of all devices of a run, which MFU is a share of; None where nothing says those of one."""
     kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in kind.lower()), None)
+    listed = (peak for name, peak in PEAK_FLOPS.items() if name.lower() in kind.lower())
+    peak = configured if configured is not None else next(listed, None)
+    return None if peak is None else peak * mesh.n_devices
 
 
 def device_memory() -> int | None:
-    """Bytes in use on the first device; None where the backend does not say (CPU)."""
-    stats = jax.devices()[0].memory_stats()
+    """Bytes in use on the first device of this process; None where the backend does not say (CPU)."""
+    stats = jax.local_devices()[0].memory_stats()
     return stats["bytes_in_use"] if stats else None
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stackwise_jax.memory.fingerprint import named_leaves
+from stackwise_jax.memory.placement import make_placement
 from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.models.rack import init_embedding, init_head, init_rack_stack
 from stackwise_jax.schema import RunConfig
@@ -56,6 +57,10 @@ class Frozen:
 
 def fresh_lasting_parts(config: RunConfig, key: Key, phase: Phase, signature: Signature) -> TrainState:
     """Draws the live parts of a phase that outlast it, embedding and head, with fresh optimiser state."""
+    return make_placement(config.mesh).build(lambda: _draw_lasting_parts(config, key, phase, signature))
+
+
+def _draw_lasting_parts(config: RunConfig, key: Key, phase: Phase, signature: Signature) -> TrainState:
     model = config.model
     params: Params = {}
     if phase.embedding is Role.LIVE:
@@ -70,6 +75,10 @@ def fresh_stacks(config: RunConfig, key: Key, phase: Phase) -> TrainState:
     """Draws the live stacks of a phase, with fresh optimiser state; empty for a phase without."""
     if not phase.live_stacks:
         return TrainState({}, {})
+    return make_placement(config.mesh).build(lambda: _draw_stacks(config, key, phase))
+
+
+def _draw_stacks(config: RunConfig, key: Key, phase: Phase) -> TrainState:
     sizes = stack_sizes(config)
     draw = jax.jit(init_rack_stack, static_argnums=(1, 3))
     stacks = [draw(key, config.model, sum(sizes[:i]), sizes[i]) for i in phase.live_stacks]
@@ -85,8 +94,9 @@ def snapshot_shape(config: RunConfig, key: Key, phase: Phase, signature: Signatu
     """Shapes and dtypes of a snapshot taken inside a phase, or at its beginning (without its stacks)."""
 
     def draw() -> TrainState:
-        lasting = fresh_lasting_parts(config, key, phase, signature)
-        return join_states(lasting, fresh_stacks(config, key, phase)) if inside else lasting
+        lasting = _draw_lasting_parts(config, key, phase, signature)
+        has_stacks = inside and phase.live_stacks
+        return join_states(lasting, _draw_stacks(config, key, phase)) if has_stacks else lasting
 
     return jax.eval_shape(draw)
 
@@ -105,6 +115,10 @@ def part_shape(config: RunConfig, key: Key, kind: str, name: str) -> Any:
 
 def untie_head(config: RunConfig, state: TrainState) -> TrainState:
     """Gives the head its own copy of the tied table; its norm keeps its moments, the table starts with none."""
+    return make_placement(config.mesh).build(lambda old: _untie_head(config, old), state)
+
+
+def _untie_head(config: RunConfig, state: TrainState) -> TrainState:
     head = {**state.params["head"], "table": jnp.copy(state.params["embedding"]["tokens"])}
     transforms = make_transforms(config.optimizer, scales_head=True)
     moments = _carry_over(state.optimizer["head"], init_part(transforms, "head", head))

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.data.tokenizer import Tokenizer
+from stackwise_jax.memory.placement import Placement, make_placement
 from stackwise_jax.memory.precision import DTYPES
 from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context
@@ -47,6 +48,11 @@ class Program:
     corrupt: Corrupt
 
     @property
+    def placement(self) -> Placement:
+        """The run's devices."""
+        return make_placement(self.config.mesh)
+
+    @property
     def key(self) -> Key:
         return jax.random.key(self.config.seed)
 
@@ -75,6 +81,29 @@ class Program:
         precision = self.config.training.progressive.new_stack_precision
         return DTYPES[precision or self.config.precision.compute]
 
+    def apply_embedding(
+        self, params: Params, inputs: Int[Array, "B T"], positions: Int[Array, "B T"], key: Key | None
+    ) -> Float[Array, "B T D"]:
+        """The embedding, live where it has a key for dropout."""
+        params = self.placement.as_whole(params)
+        x = apply_embedding(params, inputs, positions, self.config.model, dtype=self.dtype, key=key)
+        return self.placement.as_rows(x)
+
+    def apply_live_stack(
+        self, params: Params, x: Float[Array, "B T D"], context: Context, key: Key | None
+    ) -> Float[Array, "B T D"]:
+        """A stack as it trains."""
+        model, remat, dtype = self.config.model, self.config.training.remat, self.live_dtype
+        around = self.placement.around_block(dtype)
+        x = apply_stack(params, x, context, model, dtype=dtype, remat=remat, key=key, around=around)
+        return self.placement.as_rows(x)
+
+    def apply_frozen_stack(self, params: Params, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        """A stack that is settled, without dropout."""
+        around = self.placement.around_block(self.dtype)
+        x = apply_stack(params, x, context, self.config.model, dtype=self.dtype, around=around)
+        return self.placement.as_rows(x)
+
 
 def make_program(config: RunConfig, tokenizer: Tokenizer, *, n_rows: int) -> Program:
     """The program of a run on a corpus of `n_rows` training rows."""
@@ -95,18 +124,15 @@ def run_path(
     context = program.context(example)
     keys = [None] * (len(signature.body) + 1) if key is None else list(jax.random.split(key, len(signature.body) + 1))
     if activations is None:
-        x = apply_embedding(
-            parts["embedding"], example.inputs, example.positions, model, dtype=program.dtype, key=keys[0]
-        )
+        x = program.apply_embedding(parts["embedding"], example.inputs, example.positions, keys[0])
     else:
         x = activations
     live, frozen = iter(parts["stacks"]), iter(parts["frozen_stacks"])
     for (_, role), stack_key in zip(signature.body, keys[1:], strict=True):
         if role is Role.LIVE:
-            remat = program.config.training.remat
-            x = apply_stack(next(live), x, context, model, dtype=program.live_dtype, remat=remat, key=stack_key)
+            x = program.apply_live_stack(next(live), x, context, stack_key)
         else:
-            x = apply_stack(next(frozen), x, context, model, dtype=program.dtype)
+            x = program.apply_frozen_stack(next(frozen), x, context)
     return apply_head_norm(parts["head"], x.astype(program.dtype), model)
 
 
@@ -138,39 +164,45 @@ def path_loss(
 def head_loss(
     program: Program, hidden: Float[Array, "B T D"], table: Float[Array, "V D"], example: Example
 ) -> Float[Array, ""]:
-    """Summed cross-entropy, in chunks of tokens."""
-    return cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
-        table.astype(program.dtype),
-        example.targets.reshape(-1),
-        example.weights.reshape(-1),
-        chunk_tokens=program.config.training.loss_chunk_tokens,
-    )
+    """Summed cross-entropy, in chunks of tokens; on several devices each computes that of its own rows."""
+
+    def summed(table: Array, hidden: Array, targets: Array, weights: Array) -> Float[Array, ""]:
+        return cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            table,
+            targets.reshape(-1),
+            weights.reshape(-1),
+            chunk_tokens=program.config.training.loss_chunk_tokens,
+        )
+
+    rows = (hidden, example.targets, example.weights)
+    return program.placement.sum_over_rows(summed, table.astype(program.dtype), *rows)
 
 
 def make_gradients(program: Program, signature: Signature) -> Callable[..., tuple[Params, Array, Array]]:
     """Returns (live, frozen, batch, activations, key) -> (summed gradients, summed loss, summed weight)."""
     loss = functools.partial(path_loss, program, signature)
     grad = jax.value_and_grad(loss, has_aux=True)
-    pieces = program.config.training.accumulation_steps
+    pieces, place = program.config.training.accumulation_steps, program.placement
 
     def gradients(
         live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None
     ) -> tuple[Params, Array, Array]:
         if pieces == 1:
             (total, weight), grads = grad(live, frozen, batch, activations, key)
-            return grads, total, weight
+            return place.as_weights(grads), total, weight
 
         def body(carry: Any, piece: Any) -> tuple[Any, None]:
             index, own_batch, own_activations = piece
             own_key = None if key is None else jax.random.fold_in(key, index)
             (total, weight), grads = grad(live, frozen, own_batch, own_activations, own_key)
-            return jax.tree.map(jnp.add, carry, (grads, total, weight)), None
+            return jax.tree.map(jnp.add, carry, (place.as_weights(grads), total, weight)), None
 
         split = jax.tree.map(
             lambda leaf: leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:]), (batch, activations)
         )
-        zero = (jax.tree.map(jnp.zeros_like, live), jnp.zeros(()), jnp.zeros(()))
+        split = place.as_rows(split, axis=1)
+        zero = (place.as_weights(jax.tree.map(jnp.zeros_like, live)), jnp.zeros(()), jnp.zeros(()))
         return jax.lax.scan(body, zero, (jnp.arange(pieces), *split))[0]
 
     return gradients
@@ -203,7 +235,8 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
         scale = optimizer.clip_scale(norm, config.clip_norm)
         grads = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), grads)
         params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fraction)
-        return TrainState(params, states), {"loss": total / weight, "gradient_norm": norm, "weight": weight}
+        state = program.placement.as_weights(TrainState(params, states))
+        return state, {"loss": total / weight, "gradient_norm": norm, "weight": weight}
 
     return train_step
 

@@ -20,10 +20,7 @@ from stackwise_jax.data.order import Order
 from stackwise_jax.data.pipeline import validation_batches
 from stackwise_jax.memory import fingerprint, placement
 from stackwise_jax.memory.activations import ActivationCache, Trunk
-from stackwise_jax.memory.placement import to_device
 from stackwise_jax.memory.tiers import ChunkStore, DeviceStore, DiskStore, HostStore, Room, choose_tier
-from stackwise_jax.models.rack import apply_embedding
-from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.objectives.objective import variants
 from stackwise_jax.train.curriculum import Phase
 from stackwise_jax.train.plan import Plan, phase_device_bytes
@@ -36,16 +33,14 @@ class Forward:
     """Compiled forward programs of frozen parts: one for the embedding, one per distinct stack shape."""
 
     def __init__(self, program: Program) -> None:
-        model, dtype = program.config.model, program.dtype
-
         @jax.jit
         def embed(embedding: Params, batch: Batch) -> Float[Array, "B T D"]:
             example = program.corrupt(program.mask_key, batch)
-            return apply_embedding(embedding, example.inputs, example.positions, model, dtype=dtype)
+            return program.apply_embedding(embedding, example.inputs, example.positions, None)
 
         @jax.jit
         def forward(stack: Params, x: Float[Array, "B T D"], batch: Batch) -> Float[Array, "B T D"]:
-            return apply_stack(stack, x, program.context(batch), model, dtype=dtype)
+            return program.apply_frozen_stack(stack, x, program.context(batch))
 
         self.embed, self.forward = embed, forward
 
@@ -68,12 +63,12 @@ def store_maker(plan: Plan, workdir: Path, report: Callable[[str], None]) -> Cal
     """
     config = plan.config
     folder = Path(config.cache.folder).expanduser() if config.cache.folder else workdir / "cache"
-    tier = "device"
+    tier, place = "device", placement.make_placement(config.mesh)
     if plan.cache_bytes:
         needed = max(phase_device_bytes(plan, index).besides_cache for index in range(len(plan.phases)))
         free = placement.device_room()
         room = Room(
-            device=None if free is None else int(0.9 * free) - needed,
+            device=None if free is None else config.mesh.n_devices * (int(0.9 * free) - needed),
             host=placement.host_room(),
             disk=shutil.disk_usage(existing_parent(folder)).free,
         )
@@ -81,7 +76,7 @@ def store_maker(plan: Plan, workdir: Path, report: Callable[[str], None]) -> Cal
 
     def make_store(name: str) -> ChunkStore:
         if tier == "disk":
-            return DiskStore(folder / name, report)
+            return DiskStore(folder / name, report, place)
         if tier == "host":
             layout = plan.order.layout
             n_chunks = layout.chunks_per_window * variants(config.objective) if name == "train" else 1
@@ -114,7 +109,7 @@ class TrunkInputs:
         """
         config = program.config
         self._program, self._corpus, self._order, self._make_store = program, corpus, order, make_store
-        self._forward = Forward(program)
+        self._place, self._forward = program.placement, Forward(program)
         self._variants = variants(config.objective)
         self.held_out = list(
             validation_batches(
@@ -144,8 +139,8 @@ class TrunkInputs:
             self.clear()
             if phase.reads_activations:
                 assert frozen.embedding is not None
-                self._embedding = to_device(frozen.embedding)
-                self._trunk = [to_device(frozen.stacks[stack]) for stack in phase.trunk]
+                self._embedding = self._place.to_weights(frozen.embedding)
+                self._trunk = [self._place.to_weights(frozen.stacks[stack]) for stack in phase.trunk]
             return
         if not self._caches:
             self._caches = {name: self._make_cache(name) for name in ("train", "held_out")}
@@ -165,6 +160,7 @@ class TrunkInputs:
     def training_batch(self, phase: Phase, batch: Batch, index: int) -> tuple[Batch, Array | None]:
         """Returns batch number `index` as the step must see it, and the trunk's output for it (None: from tokens)."""
         if not phase.cached:
+            batch = self._place.to_rows(batch)
             return batch, self._recompute(batch)
         self._enter_window(phase, index)
         variant = np.mod(batch.visits, self._variants).astype(np.int32)
@@ -172,12 +168,13 @@ class TrunkInputs:
         number = index // self._order.batches_per_chunk
         visits = [self._order.visit(number + ahead) for ahead in (1, 2)]
         upcoming = [(visit.chunk, visit.times % self._variants) for visit in visits]
-        return batch, self._caches["train"].read(batch, upcoming=upcoming)
+        return self._place.to_rows(batch), self._caches["train"].read(batch, upcoming=upcoming)
 
     def held_out_batches(self, phase: Phase) -> Iterator[tuple[Batch, Array | None]]:
         """The held-out batches with the trunk's output for them."""
         for batch in self.held_out:
-            yield batch, self._caches["held_out"].read(batch) if phase.cached else self._recompute(batch)
+            placed = self._place.to_rows(batch)
+            yield placed, self._caches["held_out"].read(batch) if phase.cached else self._recompute(placed)
 
     def _recompute(self, batch: Batch) -> Array | None:
         if self._embedding is None:
@@ -196,6 +193,7 @@ class TrunkInputs:
             variants=self._variants if is_train else 1,
             precision=config.precision.cache,
             dtype=self._program.dtype,
+            placement=self._place,
         )
 
     @property
@@ -204,7 +202,8 @@ class TrunkInputs:
 
     def _rows(self, name: str, row_ids: np.ndarray, variant: int) -> Batch:
         split = self._corpus.train if name == "train" else self._corpus.validation
-        return split.batch(row_ids, variant, isolate_documents=self._program.config.data.isolate_documents)
+        isolate = self._program.config.data.isolate_documents
+        return self._place.to_rows(split.batch(row_ids, variant, isolate_documents=isolate))
 
     def _enter_window(self, phase: Phase, index: int) -> None:
         """Brings the window of batch `index` into the training cache, where it is not there yet."""
@@ -225,10 +224,10 @@ class TrunkInputs:
         frozen = self._frozen
 
         def embed() -> Callable[[Batch], Array]:
-            return functools.partial(self._forward.embed, to_device(frozen.embedding))
+            return functools.partial(self._forward.embed, self._place.to_weights(frozen.embedding))
 
         def stack(number: int) -> Callable[[Array, Batch], Array]:
-            return functools.partial(self._forward.forward, to_device(frozen.stacks[number]))
+            return functools.partial(self._forward.forward, self._place.to_weights(frozen.stacks[number]))
 
         chain = self.fingerprints(name, stacks, frozen)
         return Trunk(chain, embed, [functools.partial(stack, number) for number in stacks])
@@ -251,6 +250,7 @@ class TrunkInputs:
                     "objective": dataclasses.asdict(config.objective),
                     "model": dataclasses.asdict(config.model),
                     "precision": dataclasses.asdict(config.precision),
+                    "mesh": [config.mesh.data, config.mesh.fsdp],  # sums are rounded in another order
                     "embedding": frozen.digests["embedding"],
                 }
             )
