@@ -19,6 +19,8 @@ from stackwise_jax.data.corpus import Corpus, Split, prepare_corpus
 from stackwise_jax.data.pipeline import validation_batches
 from stackwise_jax.evals.ngram import Pairs, ngram_scores
 from stackwise_jax.generate.autoregressive import continue_texts, printable
+from stackwise_jax.memory import processes
+from stackwise_jax.memory.placement import make_placement
 from stackwise_jax.schema import ArchitectureConfig, RunConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.checkpoint import refuse_foreign
@@ -37,8 +39,18 @@ def train_and_report(config: RunConfig, workdir: Path) -> None:
     Raises:
       UserError: see `prepare_corpus` and `loop.run`.
     """
+    processes.start_processes(config.mesh)
+    make_placement(config.mesh)  # refuses a mesh that there are no devices for
+    with processes.only_first_speaks():
+        _train_and_report(config, workdir)
+
+
+def _train_and_report(config: RunConfig, workdir: Path) -> None:
+    def prepare() -> Corpus:
+        return prepare_corpus(config, report=lambda line: print(line, file=sys.stderr, flush=True))
+
     refuse_foreign(workdir, config)  # before hours may go into a corpus
-    corpus = prepare_corpus(config, report=lambda line: print(line, file=sys.stderr, flush=True))
+    corpus = processes.first_before_others(prepare)
     result = loop.run(config, corpus, workdir)
     rows = _held_out_rows(result.held_out)
     if config.evaluation.ngrams:

@@ -149,9 +149,7 @@ class MeshConfig:
 
     data: int = 1  # groups of devices; each takes its share of the rows of a batch and of the cache
     fsdp: int = 1  # devices of a group, among which weights and optimiser state are divided besides
-    distributed: bool = (
-        False  # one run in several processes, started alike; SLURM, Open MPI and TPU pods are recognised
-    )
+    distributed: bool = False  # one run in several processes; SLURM, Open MPI and TPU pods are recognised
     coordinator: str = ""  # elsewhere: HOST:PORT of process 0
     processes: int | None = None  # elsewhere: how many
     process_id: int | None = None  # elsewhere: which one this is, from 0

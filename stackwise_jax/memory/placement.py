@@ -21,9 +21,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stackwise_jax.errors import UserError
+from stackwise_jax.memory import processes
 from stackwise_jax.models.stack import Body
 from stackwise_jax.schema import MeshConfig
-from stackwise_jax.types import Params
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
@@ -229,9 +229,11 @@ def start_backend(cache_folder: Path) -> None:
         os.environ.setdefault(PINNED_LIMIT, str(max(1, int(0.75 * total / 2**30))))
 
 
-def to_host(params: Params) -> Params:
-    """Copies a tree of arrays to the host; what held it on the device may be freed."""
-    return jax.tree.map(np.asarray, jax.device_get(params))
+def to_host(tree: Any) -> Any:
+    """Copies a tree of arrays to the host, whole in every process; what held it on the devices may be freed."""
+    if processes.are_several():
+        return jax.tree.map(processes.to_numpy, tree)
+    return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
 def to_device(tree: Any) -> Any:

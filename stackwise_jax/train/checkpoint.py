@@ -28,6 +28,7 @@ import numpy as np
 
 from stackwise_jax import config as config_lib
 from stackwise_jax.errors import UserError
+from stackwise_jax.memory import processes
 from stackwise_jax.memory.fingerprint import named_leaves, tree_digest
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.state import Frozen, part_shape
@@ -148,6 +149,37 @@ class RunFolder:
         for part in _folders(self.stacks, PART_NAME):
             if part.name not in needed:
                 shutil.rmtree(part)
+
+
+class WatchedFolder(RunFolder):
+    """A run folder that another process writes: the same answers, and nothing is written or removed."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        refuse_foreign(path, config)
+        self.path = path
+        self.stacks, self.steps = path / "stacks", path / "steps"
+
+    def unlock(self) -> None:
+        pass
+
+    def require_corpus(self, digest: str) -> None:
+        pass
+
+    def write_part(self, name: str, tree: Any, digest: str) -> str:
+        return f"{name}-{digest[:16]}"
+
+    def write_step(self, phase: int, step: int, tree: Any, meta: Mapping[str, Any], *, keep: int) -> None:
+        pass
+
+
+def open_folder(path: Path, config: RunConfig) -> RunFolder:
+    """The run folder: the first process of a run takes it, the others watch it.
+
+    Raises:
+      UserError: see `RunFolder`; in all processes alike.
+    """
+    folder = processes.first_alone(lambda: RunFolder(path, config))
+    return folder if processes.is_first() else WatchedFolder(path, config)
 
 
 def committed(folder: Path) -> list[Path]:

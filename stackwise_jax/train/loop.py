@@ -19,13 +19,14 @@ from jaxtyping import Array
 from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.data.pipeline import make_batches
 from stackwise_jax.errors import UserError
+from stackwise_jax.memory import processes
 from stackwise_jax.memory.fingerprint import tree_digest
 from stackwise_jax.memory.placement import to_host
 from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import checkpoint
 from stackwise_jax.train.chained import make_chained_step
-from stackwise_jax.train.checkpoint import RunFolder
+from stackwise_jax.train.checkpoint import open_folder
 from stackwise_jax.train.curriculum import Phase, Role, Signature
 from stackwise_jax.train.metrics import MetricsWriter, Progress, peak_flops, readable_time
 from stackwise_jax.train.optimizer import schedule_fraction
@@ -93,12 +94,13 @@ class Run:
         self.program = make_program(config, corpus.tokenizer, n_rows=order.layout.n_rows)
         make_store = store_maker(self.plan, workdir, lambda line: self.progress.say(line))
         self.inputs = TrunkInputs(self.program, corpus, order, make_store)
-        self.folder = RunFolder(workdir, config)  # only after everything that may refuse the run
+        self.folder = open_folder(workdir, config)  # only after everything that may refuse the run
         self.folder.require_corpus(corpus.digest)
         self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
         self.state = TrainState({}, {})
         self._steps: dict[Signature, Any] = {}
         self._evaluations: dict[Signature, Any] = {}
+        workdir = processes.own_folder(workdir)
         (workdir / "tokenizer.model").write_bytes(corpus.tokenizer.model)
         text = describe(self.plan)
         checkpoint.write_text(workdir / "plan.txt", text + "\n")
@@ -273,6 +275,8 @@ class Run:
 
     def _snapshot_is_due(self, phase: Phase) -> bool:
         late = time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
+        if processes.are_several():  # their clocks differ; asking the first one waits for the step, so it is seldom
+            late = self._is_due(self.config.logging.every_steps, phase) and processes.agreed(late)
         return self._is_due(self.config.checkpoint.every_steps, phase) or (
             late and self.position.phase_step < phase.steps
         )
@@ -281,7 +285,7 @@ class Run:
         position = dataclasses.asdict(self.position)
         meta = {"position": position, "parts": self.references}
         keep = self.config.checkpoint.keep
-        self.folder.write_step(self.position.phase, self.position.step, self.state, meta, keep=keep)
+        self.folder.write_step(self.position.phase, self.position.step, to_host(self.state), meta, keep=keep)
         self._saved_at = time.monotonic()
 
     def _begin(self, say: Callable[[str], None]) -> None:

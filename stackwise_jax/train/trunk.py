@@ -18,7 +18,7 @@ from stackwise_jax import __version__
 from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.data.order import Order
 from stackwise_jax.data.pipeline import validation_batches
-from stackwise_jax.memory import fingerprint, placement
+from stackwise_jax.memory import fingerprint, placement, processes
 from stackwise_jax.memory.activations import ActivationCache, Trunk
 from stackwise_jax.memory.tiers import ChunkStore, DeviceStore, DiskStore, HostStore, Room, choose_tier
 from stackwise_jax.objectives.objective import variants
@@ -66,11 +66,12 @@ def store_maker(plan: Plan, workdir: Path, report: Callable[[str], None]) -> Cal
     tier, place = "device", placement.make_placement(config.mesh)
     if plan.cache_bytes:
         needed = max(phase_device_bytes(plan, index).besides_cache for index in range(len(plan.phases)))
-        free = placement.device_room()
+        free = processes.smallest_bytes(placement.device_room())
+        host, hosts = processes.smallest_bytes(placement.host_room()), processes.count_hosts()
         room = Room(
             device=None if free is None else config.mesh.n_devices * (int(0.9 * free) - needed),
-            host=placement.host_room(),
-            disk=shutil.disk_usage(existing_parent(folder)).free,
+            host=None if host is None else host * hosts,
+            disk=0 if config.mesh.distributed else shutil.disk_usage(existing_parent(folder)).free,
         )
         tier = choose_tier(config.cache.tier, plan.cache_bytes, room)
 
