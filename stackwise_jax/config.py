@@ -187,10 +187,12 @@ _AT_LEAST: dict[str, float] = {
     "model.architecture.n_stacks": 1, "model.architecture.blocks_per_stack": 1,
     "data.seq_len": 2, "data.max_bytes": 1, "data.max_rows": 1, "objective.mask_variants": 1, "seed": 0,
     "training.block_group": 1, "training.batch_size": 1, "training.accumulation_steps": 1,
-    "training.loss_chunk_tokens": 1, "optimizer.learning_rate": 0, "optimizer.muon_learning_rate": 0,
-    "optimizer.head_learning_rate_scale": 0, "optimizer.epsilon": 0, "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0, "cache.chunk_bytes": 1, "cache.window_gib": 0,
-    "cache.window_visits": 1, "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
+    "training.loss_chunk_tokens": 1, "training.unroll_blocks": 1,
+    "optimizer.learning_rate": 0, "optimizer.muon_learning_rate": 0, "optimizer.head_learning_rate_scale": 0,
+    "optimizer.epsilon": 0, "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "cache.chunk_bytes": 1, "cache.window_gib": 0, "cache.window_visits": 1,
+    "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
     "checkpoint.keep": 1, "evaluation.rows": 1, "evaluation.every_steps": 1, "generation.samples": 0,
     "generation.tokens": 1, "generation.temperature": 0, "generation.top_k": 0, "logging.every_steps": 1,
     "logging.peak_flops": 1, "mesh.data": 1, "mesh.fsdp": 1, "mesh.processes": 1, "mesh.process_id": 0,
@@ -277,12 +279,11 @@ def _check_training(config: RunConfig) -> None:
 
 def _check_mesh(config: RunConfig) -> None:
     mesh, training = config.mesh, config.training
-    devices = mesh.n_devices
-    sizes = f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp}"
-    micro_batch = training.batch_size // training.accumulation_steps
+    devices, sizes = mesh.n_devices, f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp}"
+    rows = training.batch_size // training.accumulation_steps
     _require(
-        micro_batch % devices == 0,
-        f"{sizes} must divide the {micro_batch} rows of training.batch_size / training.accumulation_steps",
+        rows % devices == 0,
+        f"{sizes} must divide the {rows} rows of training.batch_size / training.accumulation_steps",
     )
     caches = training.mode != "end_to_end" and training.progressive.cache_activations is not False
     _require(
@@ -293,15 +294,11 @@ def _check_mesh(config: RunConfig) -> None:
         config.model.d_model % mesh.fsdp == 0,
         f"mesh.fsdp={mesh.fsdp} must divide model.d_model={config.model.d_model}, so that every matrix can be divided",
     )
-    named = (bool(mesh.coordinator), mesh.processes is not None, mesh.process_id is not None)
+    named = (mesh.coordinator or None, mesh.processes, mesh.process_id)
     _require(
-        not any(named) or (mesh.distributed and all(named)),
+        named == (None, None, None) or (mesh.distributed and None not in named),
         "mesh.coordinator, mesh.processes and mesh.process_id go together, and with mesh.distributed=True; "
         f"they are {mesh.coordinator!r}, {mesh.processes} and {mesh.process_id}",
-    )
-    _require(
-        mesh.process_id is None or mesh.process_id < (mesh.processes or 0),
-        f"mesh.process_id={mesh.process_id} must be below mesh.processes={mesh.processes}",
     )
     _require(
         not mesh.distributed or config.cache.tier != "disk",

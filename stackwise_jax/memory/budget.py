@@ -8,9 +8,17 @@ Recomputation by remat is not counted.
 import dataclasses
 import typing
 
+import jax
+
 from stackwise_jax.memory.precision import item_bytes, token_bytes
 from stackwise_jax.models import weights
 from stackwise_jax.schema import ModelConfig, RunConfig
+
+
+def parameters_per_device(table: weights.Table, fsdp: int) -> int:
+    """Parameters of a table that lie on one device: its share of every matrix, and all vectors."""
+    leaves = jax.tree.leaves(table, is_leaf=weights.is_weight)
+    return sum(weight.size // (fsdp if weight.is_matrix else 1) for weight in leaves)
 
 
 def block_parameters(model: ModelConfig) -> int:
@@ -62,6 +70,7 @@ class DeviceBytes:
     optimizer: int
     gradients: int
     frozen: int
+    gathered: int  # of weights that are divided among devices: what is whole at once
     activations: int
     cache: int
 
@@ -81,9 +90,10 @@ def optimizer_bytes(config: RunConfig, *, live: int, live_in_stacks: int) -> int
 
 
 def activation_bytes(config: RunConfig, live_blocks: int) -> int:
-    """What the backward pass keeps of a micro-batch, plus one chunk of float32 logits and their gradient."""
+    """What the backward pass keeps of a device's share of a micro-batch, plus a chunk of float32 logits with gradient."""
     model = config.model
-    tokens = config.training.batch_size // config.training.accumulation_steps * config.data.seq_len
+    rows = config.training.batch_size // config.training.accumulation_steps // config.mesh.n_devices
+    tokens = rows * config.data.seq_len
     item = item_bytes(config.precision.compute)
     heads = model.n_heads + 2 * typing.cast(int, model.n_kv_heads)
     ffn = 4 if model.ffn != "gelu" else 2

@@ -1,6 +1,6 @@
 """Chunks as files: raw bytes under a SHA-256, read ahead and written behind by threads.
 
-    NNNNNN.chunk    a line with the digest of all that follows, a line of JSON (fingerprint, arrays), the bytes
+    NNNNNN.chunk    a line with the digest of all that follows, a line of JSON (number, fingerprint, arrays), the bytes
 
 A file is written under another name and renamed, so it is the old chunk or the new one. The digest is checked at every
 reading; a file that fails is removed and reported, and its chunk counts as missing.
@@ -51,7 +51,7 @@ class ShardFolder:
         except OSError as error:
             raise UserError(f"cache.folder: {folder} cannot be written: {error.strerror or error}") from None
         for path in folder.glob(f"*{_SUFFIX}"):
-            if path.stem.isdecimal() and (fingerprint := _peek(path)):
+            if path.stem.isdecimal() and (fingerprint := _peek(path, int(path.stem))):
                 self._fingerprints[int(path.stem)] = fingerprint
 
     def numbers(self) -> list[int]:
@@ -69,7 +69,8 @@ class ShardFolder:
         self._finish_writing(number)
         while len(self._reading) >= _READ_AHEAD:  # expected once, but never read
             self._reading.pop(next(iter(self._reading)))
-        self._reading[number] = self._readers.submit(lambda: self._load(_read(self._path(number))))
+        path, fingerprint = self._path(number), self._fingerprints[number]
+        self._reading[number] = self._readers.submit(lambda: self._load(_read(path, number, fingerprint)))
 
     def read(self, number: int) -> dict[str, Any] | None:
         """Returns a chunk, loaded; None when there is none, or it was damaged, which is reported and removes it."""
@@ -91,7 +92,7 @@ class ShardFolder:
         while len(self._writing) >= _WRITE_BEHIND:
             self._finish_writing(next(iter(self._writing)))
         self._fingerprints[number] = fingerprint
-        self._writing[number] = self._writers.submit(_write, self._path(number), fingerprint, arrays)
+        self._writing[number] = self._writers.submit(_write, self._path(number), number, fingerprint, arrays)
 
     def remove(self, number: int) -> None:
         """Forgets a chunk."""
@@ -123,11 +124,11 @@ class ShardFolder:
         return self._folder / f"{number:06d}{_SUFFIX}"
 
 
-def _write(path: Path, fingerprint: str, arrays: Mapping[str, Array]) -> None:
+def _write(path: Path, number: int, fingerprint: str, arrays: Mapping[str, Array]) -> None:
     """Writes a shard; waits for arrays that are still being computed."""
     host = {name: np.ascontiguousarray(np.asarray(array)) for name, array in sorted(arrays.items())}
     kinds = {name: [array.dtype.name, list(array.shape)] for name, array in host.items()}
-    header = json.dumps({"fingerprint": fingerprint, "arrays": kinds}).encode() + b"\n"
+    header = json.dumps({"number": number, "fingerprint": fingerprint, "arrays": kinds}).encode() + b"\n"
     payload = [array.reshape(-1).view(np.uint8).data for array in host.values()]
     digest = hashlib.sha256(header)
     for part in payload:
@@ -144,8 +145,8 @@ def _write(path: Path, fingerprint: str, arrays: Mapping[str, Array]) -> None:
         raise
 
 
-def _read(path: Path) -> Arrays:
-    """Reads and checks a shard."""
+def _read(path: Path, number: int, fingerprint: str) -> Arrays:
+    """Reads a shard and checks that it is the one that was written under that number."""
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -154,6 +155,8 @@ def _read(path: Path) -> Arrays:
     if hashlib.sha256(body.data).hexdigest().encode() != written or data[64:65].tobytes() != b"\n":
         raise DamagedShardError("its digest does not match")
     header, offset = _header(body[:_HEADER_LIMIT].tobytes())
+    if (header["number"], header["fingerprint"]) != (number, fingerprint):
+        raise DamagedShardError("it is another chunk's")
     arrays = {}
     for name, (dtype, shape) in header["arrays"].items():
         kind = jnp.dtype(dtype)
@@ -163,11 +166,12 @@ def _read(path: Path) -> Arrays:
     return arrays
 
 
-def _peek(path: Path) -> str | None:
-    """The fingerprint in a shard's header, unchecked; None when it cannot be one."""
+def _peek(path: Path, number: int) -> str | None:
+    """The fingerprint in a shard's header, unchecked; None when it cannot be that of this chunk."""
     try:
         with path.open("rb") as file:
-            return str(_header(file.read(65 + _HEADER_LIMIT)[65:])[0]["fingerprint"])
+            header = _header(file.read(65 + _HEADER_LIMIT)[65:])[0]
+        return str(header["fingerprint"]) if header["number"] == number else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -109,7 +109,9 @@ class Run:
         isolate = config.data.isolate_documents  # every update draws one batch, so its number is the step's
         self.batches = iter(make_batches(corpus.train, order, isolate_documents=isolate, start=self.position.step))
         self.writer = MetricsWriter(workdir, resume_step=self.position.step)
-        self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops, config.mesh))
+        self.progress = Progress(
+            total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops, config.mesh.n_devices)
+        )
         self.progress.count(self.position.done_flops)
         self._saved_at = time.monotonic()
 

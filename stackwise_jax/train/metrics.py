@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from stackwise_jax.memory.budget import readable_bytes, readable_count
-from stackwise_jax.schema import MeshConfig
 from stackwise_jax.train.checkpoint import write_text
 
 # Dense bf16 peak of a device, FLOP/s, by a part of the name that JAX reports (vendors' data sheets).
@@ -23,12 +22,12 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-def peak_flops(configured: float | None, mesh: MeshConfig) -> float | None:
-    """The FLOP/s of all devices of a run, which MFU is a share of; None where nothing says those of one."""
+def peak_flops(configured: float | None, n_devices: int = 1) -> float | None:
+    """The FLOP/s of some devices, which MFU is a share of; None where nothing says those of one."""
     kind = jax.devices()[0].device_kind
     listed = (peak for name, peak in PEAK_FLOPS.items() if name.lower() in kind.lower())
     peak = configured if configured is not None else next(listed, None)
-    return None if peak is None else peak * mesh.n_devices
+    return None if peak is None else peak * n_devices
 
 
 def device_memory() -> int | None:

@@ -1,7 +1,9 @@
 """The plan: what a run will do and cost, as text, from shapes alone and before anything runs."""
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 
 from stackwise_jax import __version__
 from stackwise_jax.data.order import ChunkLayout, Order, chunk_layout, in_windows
@@ -15,6 +17,7 @@ from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import Phase, Role, Signature, make_curriculum, signature, stack_sizes
 
 LONGEST_RUN_SHOWN = 16
+Count = Callable[[weights.Table], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,51 +148,59 @@ def _refills(config: RunConfig, phases: tuple[Phase, ...], index: int, layout: C
     return (first + phases[index].steps - 1) // stay - first // stay
 
 
-def phase_parameters(config: RunConfig, phase: Phase, sig: Signature) -> tuple[int, int]:
-    """(live, of these in stacks) parameters of a phase."""
+def phase_parameters(config: RunConfig, phase: Phase, sig: Signature, count: Count = weights.count) -> tuple[int, int]:
+    """(live, of these in stacks) parameters of a phase, as `count` counts those of a table."""
     model, sizes = config.model, stack_sizes(config)
-    in_stacks = budget.block_parameters(model) * sum(sizes[stack] for stack in phase.live_stacks)
+    in_stacks = count(weights.block_table(model)) * sum(sizes[stack] for stack in phase.live_stacks)
     live = in_stacks
     if phase.embedding is Role.LIVE:
-        live += weights.count(weights.embedding_table(model))
+        live += count(weights.embedding_table(model))
     if phase.head is Role.LIVE:
-        live += weights.count(weights.head_table(model, tied=not sig.head_has_table))
+        live += count(weights.head_table(model, tied=not sig.head_has_table))
     return live, in_stacks
 
 
 def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
-    """Estimates the device memory of a phase.
+    """Estimates the memory of a phase on each device.
 
     Frozen parts rest on the host; on the device are those that the phase runs through: a recomputed trunk, or the one
     stack that the cache advances through, the frozen body, a frozen head, and the embedding where something reads it.
     """
     config, phase, sig = plan.config, plan.phases[index], plan.signatures[index]
     model, sizes = config.model, stack_sizes(config)
-    live, in_stacks = phase_parameters(config, phase, sig)
+    count = functools.partial(budget.parameters_per_device, fsdp=config.mesh.fsdp)
+    live, in_stacks = phase_parameters(config, phase, sig, count)
     trunk = phase.trunk[-1:] if phase.cached else phase.trunk
     stacks = [*trunk, *(stack for stack, role in phase.body if role is Role.FROZEN)]
     blocks = sum(sizes[stack] for stack in stacks)
-    frozen = blocks * budget.block_parameters(model) * budget.item_bytes(config.precision.trunk)
+    frozen = blocks * count(weights.block_table(model)) * budget.item_bytes(config.precision.trunk)
     if phase.head is Role.FROZEN:
-        frozen += 4 * weights.count(weights.head_table(model, tied=not sig.head_has_table))
+        frozen += 4 * count(weights.head_table(model, tied=not sig.head_has_table))
     if phase.embedding is Role.FROZEN and not (phase.cached and sig.head_has_table):
-        frozen += 4 * weights.count(weights.embedding_table(model))
+        frozen += 4 * count(weights.embedding_table(model))
     return budget.DeviceBytes(
         weights=4 * live,
         optimizer=budget.optimizer_bytes(config, live=live, live_in_stacks=in_stacks),
         gradients=4 * live,
         frozen=frozen,
+        gathered=_gathered_bytes(config) if config.mesh.fsdp > 1 else 0,
         activations=budget.activation_bytes(config, sum(sizes[stack] for stack in phase.live_stacks)),
         cache=_cache_bytes_on_device(plan) if phase.cached else 0,
     )
 
 
+def _gathered_bytes(config: RunConfig) -> int:
+    """A block and the next one, and the output table, which are whole while they are used."""
+    whole = 2 * budget.block_parameters(config.model) + config.model.vocab_size * config.model.d_model
+    return whole * budget.item_bytes(config.precision.compute)
+
+
 def _cache_bytes_on_device(plan: Plan) -> int:
-    """The whole cache, or in other tiers the chunks on their way."""
-    config = plan.config.cache
-    if config.tier in ("auto", "device"):
-        return plan.cache_bytes
-    return min(plan.cache_bytes, CHUNKS_IN_FLIGHT * config.chunk_bytes)
+    """A device's share of the whole cache, or in other tiers of the chunks on their way."""
+    config, count = plan.config.cache, plan.cache_bytes
+    if config.tier not in ("auto", "device"):
+        count = min(count, CHUNKS_IN_FLIGHT * config.chunk_bytes)
+    return count // plan.config.mesh.n_devices
 
 
 def rack_bytes(config: RunConfig) -> int:
@@ -254,8 +265,9 @@ def _memory_lines(plan: Plan) -> list[str]:
     if plan.rows is None and any(phase.cached for phase in plan.phases):
         parts += "; and the cache, known when the corpus is prepared or data.max_rows is set"
     rack = readable_bytes(rack_bytes(plan.config))
+    each = f"each of {plan.config.mesh.n_devices} " if plan.config.mesh.n_devices > 1 else ""
     return [
-        f"device   about {readable_bytes(device.total)} in {plan.phases[largest].name}: {parts}",
+        f"device   {each}about {readable_bytes(device.total)} in {plan.phases[largest].name}: {parts}",
         f"host     {rack} of frozen parts at the end, besides the program",
         f"disk     {rack} of frozen parts at the end, and {plan.config.checkpoint.keep} snapshot(s) of the live state",
     ]

@@ -84,7 +84,7 @@ class Program:
     def apply_embedding(
         self, params: Params, inputs: Int[Array, "B T"], positions: Int[Array, "B T"], key: Key | None
     ) -> Float[Array, "B T D"]:
-        """The embedding, live where it has a key for dropout."""
+        """Runs the embedding; with a key also its dropout."""
         params = self.placement.as_whole(params)
         x = apply_embedding(params, inputs, positions, self.config.model, dtype=self.dtype, key=key)
         return self.placement.as_rows(x)
@@ -92,14 +92,23 @@ class Program:
     def apply_live_stack(
         self, params: Params, x: Float[Array, "B T D"], context: Context, key: Key | None
     ) -> Float[Array, "B T D"]:
-        """A stack as it trains."""
-        model, remat, dtype = self.config.model, self.config.training.remat, self.live_dtype
-        around = self.placement.around_block(dtype)
-        x = apply_stack(params, x, context, model, dtype=dtype, remat=remat, key=key, around=around)
+        """Runs a stack that is trained: in its own arithmetic, laid out and kept as the config says."""
+        training = self.config.training
+        x = apply_stack(
+            params,
+            x,
+            context,
+            self.config.model,
+            dtype=self.live_dtype,
+            remat=training.remat,
+            unroll=training.unroll_blocks,
+            key=key,
+            around=self.placement.around_block(self.live_dtype),
+        )
         return self.placement.as_rows(x)
 
     def apply_frozen_stack(self, params: Params, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        """A stack that is settled, without dropout."""
+        """Runs a stack that is settled, without dropout."""
         around = self.placement.around_block(self.dtype)
         x = apply_stack(params, x, context, self.config.model, dtype=self.dtype, around=around)
         return self.placement.as_rows(x)

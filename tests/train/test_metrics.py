@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from stackwise_jax.schema import MeshConfig
 from stackwise_jax.train import metrics
 from stackwise_jax.train.metrics import MetricsWriter, Progress, readable_time
 
@@ -77,9 +76,9 @@ def test_a_log_file_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_the_peak_is_configured_or_known_or_absent() -> None:
-    assert metrics.peak_flops(5e12, MeshConfig()) == 5e12
-    assert metrics.peak_flops(5e12, MeshConfig(data=4, fsdp=2)) == 40e12
-    assert metrics.peak_flops(None, MeshConfig()) is None  # a CPU is not in the table
+    assert metrics.peak_flops(5e12) == 5e12
+    assert metrics.peak_flops(5e12, 8) == 40e12
+    assert metrics.peak_flops(None) is None  # a CPU is not in the table
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (3725, "1h02m"), (-3, "0s")])
