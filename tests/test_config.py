@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_jax import config as config_lib
 from stackwise_jax.config import budget_steps, default, differences, from_json, resolve, to_json
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
@@ -84,7 +83,7 @@ def test_progressive_switched_off_is_end_to_end():
         ({"model__norm": "rmsnrom"}, ["model.norm='rmsnrom'", 'Did you mean "rmsnorm"']),
         ({"precision__cache": "fp16"}, ["precision.cache='fp16'", "fp32, bf16"]),
         ({"training__progressive__new_stack_precision": "fp8"}, ["new_stack_precision='fp8'"]),
-        ({"cache__tier": "disk"}, ["cache.tier='disk'", "device"]),
+        ({"cache__tier": "tape"}, ["cache.tier='tape'", "device"]),
         ({"model__d_model": 130}, ["model.d_model=130", "n_heads=4"]),
         ({"model__n_kv_heads": 3}, ["model.n_heads=4", "n_kv_heads=3"]),
         ({"model__n_kv_heads": 0}, ["model.n_kv_heads=0", "at least 1"]),
@@ -101,6 +100,12 @@ def test_progressive_switched_off_is_end_to_end():
         ({"training__mode": "blockwise", "training__block_group": 3}, ["training.block_group=3", "4 blocks"]),
         ({"training__accumulation_steps": 3}, ["training.batch_size=16", "accumulation_steps=3"]),
         ({"training__head": "copy"}, ["training.head='copy'", "ties_embedding=True"]),
+        ({"mesh__data": 3}, ["mesh.data=3", "16 rows"]),
+        ({"mesh__data": 8, "training__accumulation_steps": 4}, ["mesh.data=8", "4 rows"]),
+        ({"mesh__fsdp": 16, "data__seq_len": 40}, ["mesh.fsdp=16", "data.seq_len=40"]),
+        ({"mesh__fsdp": 16, "model__d_model": 24}, ["mesh.fsdp=16", "model.d_model=24"]),
+        ({"mesh__processes": 2}, ["mesh.processes", "mesh.distributed=True"]),
+        ({"mesh__distributed": True, "cache__tier": "disk"}, ["cache.tier='disk'", "'host'"]),
         (
             {"training__head": "copy", "model__ties_embedding": True, "training__mode": "end_to_end"},
             ["training.head='copy'", "mode that grows"],

@@ -90,7 +90,7 @@ def optimizer_bytes(config: RunConfig, *, live: int, live_in_stacks: int) -> int
 
 
 def activation_bytes(config: RunConfig, live_blocks: int) -> int:
-    """What the backward pass keeps of a device's share of a micro-batch, plus a chunk of float32 logits with gradient."""
+    """What the backward pass keeps of a device's part of a micro-batch, and a chunk of float32 logits with gradient."""
     model = config.model
     rows = config.training.batch_size // config.training.accumulation_steps // config.mesh.n_devices
     tokens = rows * config.data.seq_len

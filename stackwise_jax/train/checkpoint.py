@@ -231,7 +231,7 @@ def read_tree(folder: Path, target: Any) -> Any:
     try:
         digests = json.loads((folder / "manifest.json").read_bytes())["arrays"]
         nested = _nest({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in digests})
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             restored = checkpointer.restore(folder.absolute() / "arrays", restore_args=nested) if digests else {}
     except Exception as error:  # whatever the storage layer raises on damaged files
         raise DamagedError(_damage(folder, error)) from None
@@ -277,14 +277,26 @@ def read_frozen(path: Path, config: RunConfig, parts: Mapping[str, Mapping[str, 
     return frozen
 
 
-def _write_folder(folder: Path, tree: Any, meta: dict[str, Any]) -> None:
+def _checkpointer() -> Any:
+    """Orbax for this process alone: it would have all processes of a run write together, or wait for each other."""
     import orbax.checkpoint as ocp
 
+    if not processes.are_several():
+        return ocp.PyTreeCheckpointer()
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _write_folder(folder: Path, tree: Any, meta: dict[str, Any]) -> None:
     arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     if arrays:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(folder.absolute() / "arrays", _nest(arrays))
     meta_text = json.dumps(meta, indent=1, sort_keys=True)
     write_text(folder / "meta.json", meta_text)
