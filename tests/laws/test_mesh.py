@@ -47,7 +47,7 @@ def seen(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_gradients_are_those_of_one_device(seen: dict[str, Any]) -> None:
     found = dict(seen["gradients"])
     assert found.pop("twin") > 0.1  # where only one device's rows counted
-    assert len(found) == 5
+    assert len(found) == 3
     assert max(found.values()) < LIMIT, found
 
 
@@ -55,8 +55,8 @@ def test_muon_on_divided_matrices_is_muon(seen: dict[str, Any]) -> None:
     assert seen["muon"] < LIMIT
 
 
-def test_losses_are_those_of_one_device_in_every_tier_and_continued_on_another_number(seen: dict[str, Any]) -> None:
-    assert len(seen["runs"]) == 3
+def test_losses_are_those_of_one_device_and_continued_on_another_number_in_any_tier(seen: dict[str, Any]) -> None:
+    assert len(seen["runs"]) == 2
     assert max(seen["runs"].values()) < LIMIT, seen["runs"]
 
 
@@ -104,5 +104,5 @@ def test_one_device_has_no_mesh_and_adds_nothing_to_a_program() -> None:
 
 
 def test_devices_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match=r"mesh.data=64 times mesh.fsdp=2 asks for 128 .* device_count=128"):
+    with pytest.raises(UserError, match=r"mesh.data=64 times mesh.fsdp=2 asks for 128 .*device_count=128"):
         make_placement(MeshConfig(data=64, fsdp=2))
