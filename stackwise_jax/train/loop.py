@@ -90,7 +90,6 @@ class Run:
         self.inputs = TrunkInputs(self.program, corpus, order)
         self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops))
         self.folder = RunFolder(workdir, config, say=self._warn)  # only after everything that may refuse the run
-        self.folder.require_text(corpus.digest, corpus.tokenizer.model, corpus.tokenizer.digest)
         self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
         self.state = TrainState({}, {})
         self._steps: dict[Signature, Any] = {}
@@ -99,10 +98,11 @@ class Run:
         self._clock = _Clock(0)
         self._pending: tuple[int, dict[str, Array]] | None = None  # metrics of the last step, not read yet
         self._unsaved: list[Part] = []  # frozen parts that the next snapshot brings to the disk
-        text = describe(self.plan)
-        write_text(workdir / "plan.txt", text + "\n")
-        say(text)
-        self._begin(say)
+        try:
+            self._begin(say)
+        except BaseException:
+            self.folder.close()  # a notebook may try again
+            raise
         isolate = config.data.isolate_documents  # every update draws one batch, so its number is the step's
         self.batches = iter(make_batches(corpus.train, order, isolate_documents=isolate, start=self.position.step))
         self.writer = MetricsWriter(workdir, resume_step=self.position.step)
@@ -348,6 +348,11 @@ class Run:
 
     def _begin(self, say: Callable[[str], None]) -> None:
         """Starts from the newest sound snapshot, or from the seed where there is none."""
+        tokenizer = self.corpus.tokenizer
+        self.folder.require_text(self.corpus.digest, tokenizer.model, tokenizer.digest)
+        text = describe(self.plan)
+        write_text(self.folder.path / "plan.txt", text + "\n")
+        say(text)
         snapshot = self.folder.restore()
         if snapshot is None:
             phase, signature = self.plan.phases[0], self.plan.signatures[0]
