@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from stackwise_jax.types import Params
-
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
@@ -28,9 +26,13 @@ def start_backend() -> None:
         os.environ.setdefault(PINNED_LIMIT, str(max(1, int(0.75 * total / 2**30))))
 
 
-def to_host(params: Params) -> Params:
-    """Copies a tree of arrays to the host; what held it on the device may be freed."""
-    return jax.tree.map(np.asarray, jax.device_get(params))
+def to_host(params: Any) -> Any:
+    """Copies a tree of arrays to the host, into memory of its own; what held it on the device may be freed or donated.
+
+    On a CPU `device_get` returns the device's own memory, which the next step may write to.
+    """
+    must_copy = True if jax.default_backend() == "cpu" else None
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=must_copy), jax.device_get(params))
 
 
 def to_device(tree: Any) -> Any:

@@ -155,6 +155,7 @@ def test_a_run_under_way_is_read_as_it_stands(tiny: Any, tiny_corpus: Any, tmp_p
         load_trained(folder)
     for index in range(2):
         started._run_phase(started.plan.phases[index], started.plan.signatures[index])
+    started.folder.flush()
     trained = load_trained(folder)
     assert (len(trained.rack["stacks"]), trained.finished) == (1, False)
 
