@@ -37,7 +37,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 VARIANTS = {
     "loop": ["training.unroll_blocks=1"],
-    "no_loop": ["training.unroll_blocks=1000"],
     "stacks_of_1": ["model.architecture.n_stacks={blocks}", "model.architecture.blocks_per_stack=1"],
     "loss_1024": ["training.loss_chunk_tokens=1024"],
     "loss_4096": ["training.loss_chunk_tokens=4096"],
