@@ -12,15 +12,17 @@ from stackwise_jax.types import Params
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
-def start_backend(cache_folder: Path) -> None:
-    """Settings that must stand before JAX touches a device: call it before anything else does.
+def start_backend() -> None:
+    """Settings that must stand before JAX touches a device; programs call it first.
 
-    Compiled programs are kept in `cache_folder` and found there by the next start, unless JAX_COMPILATION_CACHE_DIR or
-    the program chose otherwise. JAX's pool of pinned host memory may take three quarters of the host's, where it would
-    stop at 64 GiB, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set.
+    Compiled programs are kept, so that the next start finds them: in $STACKWISE_CACHE/compiled, unless
+    JAX_COMPILATION_CACHE_DIR names another folder or JAX_ENABLE_COMPILATION_CACHE=false forbids it. JAX's pool of
+    pinned host memory may take three quarters of the host's, where it would stop at 64 GiB, unless
+    XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder))
+        root = Path(os.environ.get("STACKWISE_CACHE") or "~/.cache/stackwise_jax").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
     total = _meminfo("MemTotal")
     if total is not None:
         os.environ.setdefault(PINNED_LIMIT, str(max(1, int(0.75 * total / 2**30))))
