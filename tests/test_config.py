@@ -238,9 +238,10 @@ def test_differences_name_what_forbids_continuing():
 def test_free_fields_may_differ():
     new = resolve(edited(logging__every_steps=3, generation__samples=2, checkpoint__keep=5))
     assert differences(resolve({}), new) == []
-    new = resolve(edited(data__prepared="elsewhere", data__cache_dir="there"))
+    new = resolve(edited(data__prepared="elsewhere", data__cache_dir="there", data__tfds_dir="anywhere"))
     assert differences(resolve({}), new) == []
-    assert config_lib.FREE_FIELDS == ("checkpoint", "logging", "generation", "data.prepared", "data.cache_dir")
+    free = ("checkpoint", "logging", "generation", "data.prepared", "data.cache_dir", "data.tfds_dir")
+    assert free == config_lib.FREE_FIELDS
 
 
 def run_main(*argv: str) -> subprocess.CompletedProcess[str]:
