@@ -5,6 +5,8 @@ found before a damaged row is used.
 """
 
 import hashlib
+import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -50,38 +52,46 @@ class BlockWriter:
 
 
 class CheckedRows:
-    """Rows of a memory-mapped file as `array[row_ids]`; UserError when a block that they lie in is damaged.
+    """Rows of a file as `array[row_ids]`; UserError when a block that they lie in is damaged.
+
+    Rows are read, not mapped: a file that shrinks or a disk that fails is then an error and not the end of the process.
 
     Attributes:
+      path: the file.
       shape: rows, items a row.
     """
 
     def __init__(self, path: Path, dtype: str, shape: tuple[int, int], digests: bytes) -> None:
-        """Maps the file.
+        """Opens the file.
 
         Raises:
           UserError: it cannot be read, or its size is not that of `shape`.
         """
         self.path, self.shape = path, shape
-        self._row_bytes = shape[1] * np.dtype(dtype).itemsize
-        try:
-            self._bytes = np.memmap(path, np.uint8, mode="r")
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {REMEDY}") from None
-        if len(self._bytes) != shape[0] * self._row_bytes:
-            raise UserError(f"{path} is damaged: {len(self._bytes)} bytes, not {shape[0] * self._row_bytes}; {REMEDY}")
-        self._rows = self._bytes.view(dtype).reshape(shape)
+        self._dtype, self._row_bytes = np.dtype(dtype), shape[1] * np.dtype(dtype).itemsize
+        self._n_bytes = shape[0] * self._row_bytes
         self._digests = digests
-        self._is_checked = np.zeros(-(-len(self._bytes) // BLOCK_BYTES), bool)
+        self._is_checked = np.zeros(-(-self._n_bytes // BLOCK_BYTES), bool)
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            n_bytes = os.fstat(self._file).st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
+        if n_bytes != self._n_bytes:
+            raise UserError(f"{path} is damaged: {n_bytes} bytes, not {self._n_bytes}; {REMEDY}")
 
     def __getitem__(self, row_ids: Int[np.ndarray, "B"]) -> UInt[np.ndarray, "B T"]:
-        first = row_ids.astype(np.int64) * self._row_bytes // BLOCK_BYTES
-        last = ((row_ids.astype(np.int64) + 1) * self._row_bytes - 1) // BLOCK_BYTES
+        begins = row_ids.astype(np.int64) * self._row_bytes
+        first, last = begins // BLOCK_BYTES, (begins + self._row_bytes - 1) // BLOCK_BYTES
         most = (self._row_bytes - 1) // BLOCK_BYTES + 2  # blocks that a row may touch
         touched = np.minimum(first[:, None] + np.arange(most)[None, :], last[:, None])
         for block in np.unique(touched[~self._is_checked[touched]]):
             self._check(int(block))
-        return self._rows[row_ids]
+        rows = np.empty((len(row_ids), self.shape[1]), self._dtype)
+        for row, begin in zip(rows, begins.tolist(), strict=True):
+            row[:] = np.frombuffer(self._read(begin, self._row_bytes), self._dtype)
+        return rows
 
     def check_all(self) -> None:
         """Reads the whole file; UserError at the first damaged block."""
@@ -95,7 +105,16 @@ class CheckedRows:
 
     def _check(self, block: int) -> None:
         begin = block * BLOCK_BYTES
-        digest = hashlib.sha256(self._bytes[begin : begin + BLOCK_BYTES]).digest()
+        digest = hashlib.sha256(self._read(begin, min(BLOCK_BYTES, self._n_bytes - begin))).digest()
         if digest != self._digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
             raise UserError(f"{self.path} is damaged in its bytes from {begin} on; {REMEDY}")
         self._is_checked[block] = True
+
+    def _read(self, begin: int, n_bytes: int) -> bytes:
+        try:
+            data = os.pread(self._file, n_bytes, begin)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror or error}); {REMEDY}") from None
+        if len(data) != n_bytes:
+            raise UserError(f"{self.path} has been cut short while it was used; {REMEDY}")
+        return data

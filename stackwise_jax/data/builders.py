@@ -32,7 +32,7 @@ class LocalText(tfds.core.GeneratorBasedBuilder, skip_registration=False):
     def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
         del dl_manager  # nothing is downloaded
         if not self._root:
-            raise UserError("local_text needs root, the folder of its .txt files")
+            raise UserError("local_text needs root, the folder of its .txt files: see stackwise_jax/data/builders.py")
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:

@@ -71,6 +71,8 @@ class Dataset:
 
 
 def _text_of(value: object, place: str) -> str:
+    if value is None:  # what a damaged file may give
+        raise UserError(f"{place}: cannot be read; prepare the data set again")
     if not isinstance(value, bytes | str):
         raise UserError(f"{place}: data.text_field must name text, not {type(value).__name__}")
     try:
