@@ -75,12 +75,13 @@ def build_corpus(config: RunConfig, tokenizer: Tokenizer | None, directory: Path
         }
         manifest["digest"] = json_digest(manifest)
         (scratch / "corpus.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (scratch / _LOCK).unlink()
         try:
             scratch.rename(directory)
         except OSError:
             if not directory.exists():  # otherwise another process was faster, with the same bytes
                 raise
+        else:
+            (directory / _LOCK).unlink()  # not before: without it the folder would look like a stale one
 
 
 def json_digest(value: Any) -> str:

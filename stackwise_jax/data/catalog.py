@@ -133,7 +133,7 @@ def download_datasets(sources: list[str], tfds_dir: str, report: Callable[[str],
         tfds = _tfds()
         report(f"preparing {PREFIX}{name} in {_folder(tfds_dir)}")
         try:
-            builder = tfds.builder(name, data_dir=tfds_dir or None, file_format=FILE_FORMAT)
+            builder = tfds.builder(name, data_dir=_folder(tfds_dir), file_format=FILE_FORMAT)
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         except Exception as error:  # whatever a builder does
             if "tensorflow" in str(error).lower() and isinstance(error, ImportError):
@@ -179,7 +179,7 @@ def _prepared_builder(name: str, tfds_dir: str) -> Any | None:
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
     try:
-        return builder_from_files(name, data_dir=tfds_dir or None)
+        return builder_from_files(name, data_dir=_folder(tfds_dir))
     except tfds.core.DatasetNotFoundError:
         return None
 
@@ -194,7 +194,7 @@ def _require_known(name: str, tfds_dir: str) -> None:
 
 
 def _folder(tfds_dir: str) -> str:
-    return tfds_dir or str(_tfds().core.constants.DATA_DIR)
+    return str(Path(tfds_dir or _tfds().core.constants.DATA_DIR).expanduser())
 
 
 def _first_line(error: BaseException) -> str:

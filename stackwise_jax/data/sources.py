@@ -138,7 +138,8 @@ def _matches(entry: str) -> list[Path]:
     else:
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if not Path(name).is_dir()]
     if not found:
-        raise UserError(f'data source "{entry}" matches no file (from {Path.cwd()})')
+        hint = "; mixtures are not read here: separate files by commas" if ";" in entry else ""
+        raise UserError(f'data source "{entry}" matches no file (from {Path.cwd()}){hint}')
     for name in found:
         if suffixes(name)[0] not in FORMATS:
             known = ", ".join(FORMATS)

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_jax.data import build
+from stackwise_jax import prepare
+from stackwise_jax.data import blocks, build
 from stackwise_jax.data import corpus as corpus_module
+from stackwise_jax.data.blocks import CheckedRows
 from stackwise_jax.data.build import SPLITS
 from stackwise_jax.data.corpus import Corpus, open_corpus, prepare_corpus
 from stackwise_jax.data.sources import iterate_documents
@@ -299,6 +301,38 @@ def test_a_damaged_folder_is_prepared_again(make_config: MakeConfig, name: str, 
     assert again.digest == corpus.digest
 
 
+def test_opening_reads_no_tokens_and_a_batch_reads_its_own_blocks(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)  # four rows
+    config = make_config()
+    prepare_corpus(config, report=quiet)
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, n, begin: (read.append(n), pread(file, n, begin))[1])
+    train = prepare_corpus(config, report=lambda line: pytest.fail(line)).train
+    assert read == []
+    assert isinstance(train.tokens, CheckedRows)
+    train.rows(np.array([3, 0]), isolate_documents=True)
+    assert train.tokens.checked_blocks <= 2 < train.n_rows // 4
+    assert read == [256] * train.tokens.checked_blocks + [64, 64]
+
+
+def test_damaged_tokens_are_never_trained_on(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config()
+    path = prepare_corpus(config, report=quiet).directory / "train.tokens"
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] + b"?" + content[1001:])
+    corpus = prepare_corpus(config, report=lambda line: pytest.fail(line))
+    with pytest.raises(
+        UserError, match=rf"^{path} is damaged in its bytes from 0 on; `python -m stackwise_jax\.prepare`"
+    ):
+        corpus.train.rows(np.array([2]), isolate_documents=True)
+    prepare.main(config)
+    assert "preparing the corpus again" in capsys.readouterr().out
+    assert path.read_bytes() == content
+
+
 def test_a_folder_of_another_format_is_prepared_again(make_config: MakeConfig) -> None:
     corpus = prepare_corpus(make_config(), report=quiet)
     path = corpus.directory / "corpus.json"
@@ -349,6 +383,24 @@ def test_progress_is_reported(make_config: MakeConfig, monkeypatch: pytest.Monke
     assert [line.split(":")[0] for line in lines[1:]] == ["tokenising"] * 3
     total_mb = (corpus.train.parts[0].text_bytes + corpus.validation.parts[0].text_bytes) / 1e6
     assert lines[-1].startswith(f"tokenising: {total_mb:.1f} MB done, ")
+    assert lines[-1].endswith(", 100 %, about 0 s left")
+
+
+def test_progress_knows_its_end_from_files_or_from_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "REPORT_SECONDS", 0.0)
+    clock = iter([0.0, 5.0, 10.0])
+    monkeypatch.setattr(build.time, "monotonic", lambda: next(clock))
+    lines: list[str] = []
+    progress = build._Progress(total_bytes=1000, most_text_bytes=10_000_000, report=lines.append)
+    progress.on_read(250)
+    progress.text_bytes = 1_000_000
+    progress.say()
+    progress.text_bytes = 5_000_000
+    progress.say()
+    assert lines == [
+        "tokenising: 1.0 MB done, 0.2 MB/s, 25 %, about 15 s left",
+        "tokenising: 5.0 MB done, 0.5 MB/s, 50 %, about 10 s left",
+    ]
 
 
 def test_embedded_text_can_be_prepared(make_config: MakeConfig) -> None:

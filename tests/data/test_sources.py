@@ -152,8 +152,10 @@ def test_errors_say_where_and_what(tmp_path: Path, name: str, content: bytes, me
 
 
 def test_sources_that_name_nothing_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"matches no file"):
+    with pytest.raises(UserError, match=r"matches no file \(from .*\)$"):
         read(tmp_path / "*.txt")
+    with pytest.raises(UserError, match=r"matches no file .*; mixtures are not read here"):
+        read("a.txt; b.txt")
     with pytest.raises(UserError, match=r"is a folder; name its files, such as .*\*\*/\*\.txt"):
         read(tmp_path)
     with pytest.raises(UserError, match="names no file"):
