@@ -1,7 +1,6 @@
-"""The prepared corpus: rows are what the files say, documents stay on one side, folders are whole or made again."""
+"""The prepared corpus: documents stay on one side, folders are whole or made again, nothing damaged is used."""
 
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from stackwise_jax import prepare
 from stackwise_jax.data import blocks, build
@@ -19,7 +16,7 @@ from stackwise_jax.data.blocks import CheckedRows
 from stackwise_jax.data.build import SPLITS
 from stackwise_jax.data.corpus import Corpus, open_corpus, prepare_corpus
 from stackwise_jax.data.sources import iterate_documents
-from stackwise_jax.data.split import Part, Split
+from stackwise_jax.data.split import Split
 from stackwise_jax.data.tokenizer import Tokenizer, train_tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
@@ -30,84 +27,6 @@ MakeConfig = Callable[..., RunConfig]
 
 def quiet(line: str) -> None:
     del line
-
-
-BOS, PAD = 1, 0
-
-
-def make_split(lengths: list[int], seq_len: int) -> Split:
-    """Documents of the given lengths, in the order of the file; other tokens are their place + 2."""
-    starts = np.cumsum([0, *lengths])
-    n_tokens = int(starts[-1])
-    n_rows = -(-n_tokens // seq_len)
-    tokens = np.full(n_rows * seq_len, PAD, np.uint16)
-    tokens[:n_tokens] = np.arange(n_tokens) + 2
-    tokens[starts[:-1]] = BOS
-    part = Part(0, n_rows, n_tokens, len(lengths), 0, weight=1)
-    return Split(tokens.reshape(n_rows, seq_len), BOS, PAD, (part,), n_rows, "")
-
-
-def slow_rows(split: Split, lengths: list[int], row_ids: list[int], isolate_documents: bool) -> list[list[list[int]]]:
-    """The definition of tokens, segments and positions, one token at a time, from the documents' lengths."""
-    bounds, (_, seq_len) = np.cumsum([0, *lengths]).tolist(), split.tokens.shape
-    result: list[list[list[int]]] = [[], [], []]
-    for row in row_ids:
-        segments, positions = [], []
-        for column in range(seq_len):
-            place = row * seq_len + column
-            if place >= bounds[-1]:
-                segments.append(0)
-                positions.append(0 if isolate_documents else column)
-            elif not isolate_documents:
-                segments.append(1)
-                positions.append(column)
-            elif column == 0:
-                segments.append(1)
-                positions.append(0)
-            else:
-                is_new = place in bounds
-                segments.append(segments[-1] + is_new)
-                positions.append(0 if is_new else positions[-1] + 1)
-        result[0].append(np.asarray(split.tokens).reshape(-1)[row * seq_len : (row + 1) * seq_len].tolist())
-        result[1].append(segments)
-        result[2].append(positions)
-    return result
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=12),
-    seq_len=st.integers(2, 9),
-    isolate_documents=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_rows_are_those_of_the_definition(lengths: list[int], seq_len: int, isolate_documents: bool, seed: int) -> None:
-    split = make_split(lengths, seq_len)
-    row_ids = random.Random(seed).choices(range(split.n_rows), k=4)
-    arrays = split.rows(np.array(row_ids), isolate_documents=isolate_documents)
-    assert all(array.dtype == np.int32 for array in arrays)
-    assert [array.tolist() for array in arrays] == slow_rows(split, lengths, row_ids, isolate_documents)
-
-
-def test_rows_detects_a_boundary_that_is_off_by_one() -> None:
-    split = make_split([3, 5, 4], 4)
-    arrays = split.rows(np.arange(3), isolate_documents=True)
-    assert [array.tolist() for array in arrays] == slow_rows(split, [3, 5, 4], [0, 1, 2], True)
-    assert [array.tolist() for array in arrays] != slow_rows(split, [3, 6, 3], [0, 1, 2], True)
-
-
-def test_rows_by_hand_and_out_of_range() -> None:
-    split = make_split([3, 5, 2], 4)
-    _, segments, positions = split.rows(np.array([0, 2, 1]), isolate_documents=True)
-    assert segments.tolist() == [[1, 1, 1, 2], [1, 1, 0, 0], [1, 1, 1, 1]]
-    assert positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0], [0, 1, 2, 3]]
-    for bad in (-1, 3):
-        with pytest.raises(IndexError, match=r"\[0, 3\)"):
-            split.rows(np.array([0, bad]), isolate_documents=True)
-    first = split.first(2)
-    assert (first.n_rows, split.first(9).n_rows) == (2, 3)
-    with pytest.raises(IndexError):
-        first.rows(np.array([2]), isolate_documents=False)
 
 
 def flat_tokens(split: Split) -> np.ndarray:
