@@ -107,12 +107,16 @@ class ActivationCache:
         self._store.flush()
         self._trunk = trunk
 
-    def read(self, batch: Batch, *, upcoming: Sequence[tuple[int, int]] = ()) -> Float[Array, "B T D"]:
-        """Returns the rows of a batch, in its order. All of them lie in one chunk and variant.
+    def expect(self, upcoming: Sequence[tuple[int, int]]) -> None:
+        """Begins to bring (chunk, variant) pairs closer that will be read soon.
 
-        Args:
-          upcoming: (chunk, variant) pairs that will be read next; they are brought closer meanwhile.
+        Call it once the work before has been issued with all its inputs: small copies must not queue behind large ones.
         """
+        for chunk, variant in upcoming:
+            self._store.expect(self._number(chunk, variant))
+
+    def read(self, batch: Batch) -> Float[Array, "B T D"]:
+        """Returns the rows of a batch, in its order. All of them lie in one chunk and variant."""
         if self._trunk is None:
             raise RuntimeError("the cache is empty or on its way to another trunk; it must not be read")
         row_ids = np.asarray(batch.row_ids)
@@ -127,8 +131,6 @@ class ActivationCache:
         while stored is None:  # it was damaged: it alone is computed again
             self._rebuild(number)
             stored = self._store.read(number)
-        for next_chunk, next_variant in upcoming:
-            self._store.expect(self._number(next_chunk, next_variant))
         return _gather(stored, (row_ids % self._rows_per_chunk).astype(np.int32), self._dtype)
 
     def clear(self) -> None:
@@ -159,10 +161,11 @@ class ActivationCache:
         forward = trunk.stacks[depth]()
         for number, following in zip(numbers, [*numbers[1:], None], strict=True):
             stored = self._store.take(number)
-            if following is not None:
+            advanced = None if stored is None else self._advanced(number, stored, forward)
+            if following is not None:  # only now: the rows' tokens must not wait behind a chunk
                 self._store.expect(following)
-            if stored is not None:
-                self._store.put(number, trunk.chain[depth + 1], self._advanced(number, stored, forward))
+            if advanced is not None:
+                self._store.put(number, trunk.chain[depth + 1], advanced)
             yield
 
     def _rebuild(self, number: int) -> None:

@@ -211,6 +211,7 @@ class Run:
             np.asarray(fraction, np.float32),
             np.asarray(position.step, np.int32),
         )
+        self.inputs.look_ahead(phase, position.step)
         position.step += 1
         position.phase_step += 1
         position.done_flops += self.plan.step_flops[position.phase]
