@@ -24,6 +24,7 @@ from stackwise_jax.data.sources import iterate_documents
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evals.likelihood import RowLosses, held_out_loss
+from stackwise_jax.memory.placement import start_backend
 from stackwise_jax.models.rack import apply_rack, output_table
 from stackwise_jax.ops.loss import token_losses
 from stackwise_jax.schema import DataConfig
@@ -47,6 +48,7 @@ def make_options() -> flags.FlagValues:
 def main(options: Any) -> None:
     """Prints a small table."""
     workdir = required_workdir(options)
+    start_backend()
     trained = load_trained(workdir, n_stacks=options.stacks)
     state = "finished" if trained.finished else "not finished"
     print(f"run {workdir}: {len(trained.rack['stacks'])} stack(s), {trained.step} steps, {state}")
@@ -130,8 +132,10 @@ def _own_batches(trained: Trained, rows: int | None) -> Iterator[Batch]:
     except UserError as error:
         raise UserError(f"the run's own text cannot be opened: {error}; or give other text with --source") from None
     if corpus.digest != trained.corpus_digest:
+        data = config.data
+        named = f"data.prepared={data.prepared!r}" if data.prepared else f"data.source={data.source!r}"
         raise UserError(
-            f"data.source={config.data.source!r} is not the text that the run was trained on: it has changed since; "
+            f"{named} is not the text that the run was trained on: it has changed since; "
             "restore it, or give other text with --source"
         )
     return validation_batches(

@@ -41,8 +41,10 @@ def main(config: RunConfig) -> None:
 
         print(describe(make_plan(config, None)))
         return
+    from stackwise_jax.memory.placement import start_backend
     from stackwise_jax.report import train_and_report
 
+    start_backend()
     train_and_report(config, Path(FLAGS.workdir or Path("runs") / config.name).expanduser())
 
 

@@ -235,10 +235,12 @@ def test_differences_name_what_forbids_continuing():
     ]
 
 
-def test_free_sections_may_differ():
+def test_free_fields_may_differ():
     new = resolve(edited(logging__every_steps=3, generation__samples=2, checkpoint__keep=5))
     assert differences(resolve({}), new) == []
-    assert config_lib.FREE_SECTIONS == ("checkpoint", "logging", "generation")
+    new = resolve(edited(data__prepared="elsewhere", data__cache_dir="there"))
+    assert differences(resolve({}), new) == []
+    assert config_lib.FREE_FIELDS == ("checkpoint", "logging", "generation", "data.prepared", "data.cache_dir")
 
 
 def run_main(*argv: str) -> subprocess.CompletedProcess[str]:

@@ -128,8 +128,33 @@ def prepare_corpus(config: RunConfig, *, report: Callable[[str], None]) -> Corpu
 
     Raises:
       UserError: see `iterate_documents`, `Tokenizer`, `train_tokenizer`; a tokenizer of more pieces than
-        model.vocab_size; too few documents to have both splits; a cache folder that cannot be written.
+        model.vocab_size; too few documents to have both splits; a cache folder that cannot be written; a
+        `data.prepared` that is missing, damaged or does not fit.
     """
+    data = config.data
+    corpus = _open_named(config) if data.prepared else _open_or_build(config, report)
+    return corpus if data.max_rows is None else dataclasses.replace(corpus, train=corpus.train.first(data.max_rows))
+
+
+def _open_named(config: RunConfig) -> Corpus:
+    """Opens `data.prepared` and no source; UserError where it is no such folder or does not fit the config."""
+    folder = config.data.prepared
+    try:
+        corpus = open_corpus(Path(folder).expanduser())
+    except UserError as error:
+        raise UserError(f"data.prepared={folder!r}: {error}") from None
+    if corpus.seq_len != config.data.seq_len:
+        raise UserError(f"data.prepared={folder!r} has rows of {corpus.seq_len}; set data.seq_len={corpus.seq_len}")
+    if (n_pieces := corpus.tokenizer.vocab_size) > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the {n_pieces} pieces of "
+            f"data.prepared={folder!r}"
+        )
+    return corpus
+
+
+def _open_or_build(config: RunConfig, report: Callable[[str], None]) -> Corpus:
+    """Opens what the source and its settings name in the cache folder, first making it where need be."""
     data = config.data
     tokenizer = load_tokenizer(Path(data.tokenizer).expanduser()) if data.tokenizer else None
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
@@ -152,7 +177,7 @@ def prepare_corpus(config: RunConfig, *, report: Callable[[str], None]) -> Corpu
         except OSError as error:
             raise UserError(f"data.cache_dir: {directory} cannot be written: {error.strerror or error}") from None
         corpus = open_corpus(directory)
-    return corpus if data.max_rows is None else dataclasses.replace(corpus, train=corpus.train.first(data.max_rows))
+    return corpus
 
 
 def open_corpus(directory: Path) -> Corpus:

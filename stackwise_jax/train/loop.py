@@ -17,9 +17,8 @@ import numpy as np
 from jaxtyping import Array
 
 from stackwise_jax.data.corpus import Corpus
-from stackwise_jax.data.pipeline import Order, chunk_layout, make_batches
+from stackwise_jax.data.pipeline import make_batches
 from stackwise_jax.errors import StoppedError, UserError, is_out_of_memory
-from stackwise_jax.memory import budget
 from stackwise_jax.memory.placement import to_device, to_host
 from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.schema import RunConfig
@@ -34,7 +33,7 @@ from stackwise_jax.train.plan import Plan, describe, make_plan
 from stackwise_jax.train.signals import StopSignals
 from stackwise_jax.train.state import Frozen, TrainState, fresh_lasting_parts, fresh_stacks, join_states, untie_head
 from stackwise_jax.train.step import make_evaluation, make_program, make_train_step
-from stackwise_jax.train.trunk import TrunkInputs
+from stackwise_jax.train.trunk import TrunkInputs, store_maker
 from stackwise_jax.types import Params
 
 MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
@@ -81,14 +80,13 @@ class Run:
     """One run in one process."""
 
     def __init__(self, config: RunConfig, corpus: Corpus, workdir: Path, say: Callable[[str], None]) -> None:
-        row_bytes = budget.cache_bytes(config, 1, 1)  # a chunk holds one variant of its rows
-        layout = chunk_layout(corpus.train.n_rows, config.training.batch_size, row_bytes, config.cache.chunk_bytes)
         self.config, self.corpus = config, corpus
-        self.plan = make_plan(config, layout.n_rows)
-        self.program = make_program(config, corpus.tokenizer, n_rows=layout.n_rows)
-        order = Order(layout, config.training.batch_size, config.seed)
-        self.inputs = TrunkInputs(self.program, corpus, order)
+        self.plan = make_plan(config, corpus.train.n_rows)
+        order = self.plan.order
+        self.program = make_program(config, corpus.tokenizer, n_rows=order.layout.n_rows)
         self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops))
+        make_store = store_maker(self.plan, workdir, self._warn)
+        self.inputs = TrunkInputs(self.program, corpus, order, make_store)
         self.folder = RunFolder(workdir, config, say=self._warn)  # only after everything that may refuse the run
         self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
         self.state = TrainState({}, {})
@@ -121,6 +119,7 @@ class Run:
                 while self.position.phase < len(self.plan.phases):
                     self._run_phase(self.plan.phases[self.position.phase], self.plan.signatures[self.position.phase])
                 self.folder.flush()
+                self.inputs.clear()
             except StoppedError as stop:
                 raise StoppedError(self._leave(str(stop))) from None
             except RuntimeError as error:
@@ -168,7 +167,7 @@ class Run:
         if "stacks" not in self.state.params and phase.live_stacks:
             self.state = join_states(self.state, fresh_stacks(self.config, self.program.key, phase))
         self.folder.flush()  # a cache that outlives this process must not get ahead of what the folder holds
-        self.inputs.prepare(phase, self.frozen, self._note)
+        self.inputs.prepare(phase, self.frozen, self.position.step, self._note)
         started = time.perf_counter()
         frozen = self.frozen_parts(phase, signature)
         self._train(phase, signature, frozen)

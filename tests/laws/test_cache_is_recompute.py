@@ -1,5 +1,6 @@
 """Training from cached activations gives the bits that recomputing them gives, in float32."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stackwise_jax.data.pipeline import make_batches
 from stackwise_jax.memory import activations
 from stackwise_jax.train import loop
+from stackwise_jax.train.plan import make_plan
 
 OBJECTIVES = {
     "causal": {},
@@ -34,10 +37,53 @@ def test_cache_is_recompute(objective: str, tiny: Any, tiny_corpus: Any, tmp_pat
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("storage", ["fp32", "fp8"])
+def test_every_tier_gives_the_same_bits(storage: str, tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
+    racks = [
+        leaves(tiny(cache__tier=tier, precision__cache=storage), tiny_corpus, tmp_path / tier)
+        for tier in ("device", "host", "disk")
+    ]
+    for one, *others in zip(*racks, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(one, other)
+    assert not list((tmp_path / "disk" / "cache").rglob("*.chunk"))  # a finished run needs no cache
+
+
+def test_fp8_storage_is_not_exact(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
+    """The twin of equal tiers: another storage is seen in the weights."""
+    exact = leaves(tiny(), tiny_corpus, tmp_path / "exact")
+    rounded = leaves(tiny(precision__cache="fp8"), tiny_corpus, tmp_path / "rounded")
+    assert any(not np.array_equal(one, other) for one, other in zip(exact, rounded, strict=True))
+
+
+def test_windows_are_recompute_too(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
+    """A window that is entered in the middle of a phase is filled through the whole trunk."""
+    windows = {"cache__window_gib": 1e-4, "cache__window_visits": 1, "cache__chunk_bytes": 40_000}
+    config = tiny(**windows)
+    plan = make_plan(config, tiny_corpus.train.n_rows)
+    assert plan.order.layout.n_windows > 2
+    assert len({plan.order.window(step) for step in range(16, 22)}) > 1
+    cached = leaves(config, tiny_corpus, tmp_path / "cached")
+    on_disk = dataclasses.replace(config, cache=dataclasses.replace(config.cache, tier="disk"))
+    again = leaves(on_disk, tiny_corpus, tmp_path / "disk")
+    # Without a cache there are no windows, so the order of rows is forced to be theirs.
+    recomputed = loop.Run(
+        tiny(training__progressive__cache_activations=False), tiny_corpus, tmp_path / "recomputed", lambda _: None
+    )
+    recomputed.batches = iter(make_batches(tiny_corpus.train, plan.order, isolate_documents=True))
+    for one, other, third in zip(cached, again, jax.tree.leaves(recomputed.to_end().rack), strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one, np.asarray(third))
+
+
 def test_cache_is_recompute_detects_a_stale_cache(
     tiny: Any, tiny_corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: an advance that stores what it read."""
-    monkeypatch.setattr(activations, "_write", lambda values, x, offset: values + 0 * jnp.sum(x))
+
+    def forget(stored: Any, x: Any, offset: Any, precision: str) -> Any:
+        return jax.tree.map(lambda leaf: leaf + 0 * jnp.sum(x), stored)
+
+    monkeypatch.setattr(activations, "_write", forget)
     cached, recomputed = both(tiny, tiny_corpus, tmp_path)
     assert any(not np.array_equal(one, other) for one, other in zip(cached, recomputed, strict=True))
