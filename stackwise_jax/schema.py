@@ -99,7 +99,7 @@ class TrainingConfig:
     accumulation_steps: int = 1  # micro-batches an update
     remat: str = "none"  # none | dots (keep matmul outputs) | full (keep block inputs only)
     execution: str = "auto"  # auto | fused | chained
-    unroll_blocks: int = 1  # blocks of a live stack compiled one after another; a larger stack is a loop over them
+    unroll_blocks: int = 16  # blocks of a live stack compiled one after another; a larger stack is a loop over them
     loss_chunk_tokens: int = 2048  # tokens whose logits exist at once
     progressive: ProgressiveConfig = ProgressiveConfig()
 

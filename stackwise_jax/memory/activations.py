@@ -76,10 +76,11 @@ class ActivationCache:
         self._trunk: Trunk | None = None  # what reading promises; None while that is not reached
         self._wanted: list[int] = []
 
-    def bring(self, trunk: Trunk, chunks: range, *, on_mismatch: str) -> Iterator[float]:
+    def bring(self, trunk: Trunk, chunks: range, *, on_mismatch: str) -> Iterator[tuple[str, float]]:
         """Makes the chunks of those numbers, in every variant, the output of a trunk, and forgets all others.
 
-        Yields the share done after every chunk; run it to the end. Stopped in between it may be called again.
+        Yields ("filling" or "advancing", share done) after every chunk; run it to the end. Stopped in between it may
+        be called again.
 
         Raises:
           UserError: with on_mismatch "stop", when a chunk was computed from something else.
@@ -102,7 +103,7 @@ class ActivationCache:
             behind = [number for number, depth in depths().items() if depth == lowest]
             for _ in self._raise_by_one(trunk, lowest, behind):
                 done += 1
-                yield min(1.0, done / left)
+                yield "filling" if lowest == _MISSING else "advancing", min(1.0, done / left)
         self._store.flush()
         self._trunk = trunk
 

@@ -33,7 +33,7 @@ from stackwise_jax.train.plan import Plan, describe, make_plan
 from stackwise_jax.train.signals import StopSignals
 from stackwise_jax.train.state import Frozen, TrainState, fresh_lasting_parts, fresh_stacks, join_states, untie_head
 from stackwise_jax.train.step import make_evaluation, make_program, make_train_step
-from stackwise_jax.train.trunk import TrunkInputs, store_maker
+from stackwise_jax.train.trunk import TrunkInputs, cache_tier, make_cache_store, shard_folder
 from stackwise_jax.types import Params
 
 MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
@@ -85,7 +85,9 @@ class Run:
         order = self.plan.order
         self.program = make_program(config, corpus.tokenizer, n_rows=order.layout.n_rows)
         self.progress = Progress(total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops))
-        make_store = store_maker(self.plan, workdir, self._warn)
+        shards = shard_folder(config, workdir)
+        self._tier = cache_tier(self.plan, shards)
+        make_store = functools.partial(make_cache_store, self.plan, self._tier, shards, self._warn)
         self.inputs = TrunkInputs(self.program, corpus, order, make_store)
         self.folder = RunFolder(workdir, config, say=self._warn)  # only after everything that may refuse the run
         self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
@@ -166,7 +168,8 @@ class Run:
     def _run_phase(self, phase: Phase, signature: Signature) -> None:
         if "stacks" not in self.state.params and phase.live_stacks:
             self.state = join_states(self.state, fresh_stacks(self.config, self.program.key, phase))
-        self.folder.flush()  # a cache that outlives this process must not get ahead of what the folder holds
+        if self._tier == "disk":
+            self.folder.flush()  # a cache that outlives this process must not get ahead of what the folder holds
         self.inputs.prepare(phase, self.frozen, self.position.step, self._note)
         started = time.perf_counter()
         frozen = self.frozen_parts(phase, signature)

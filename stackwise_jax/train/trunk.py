@@ -6,6 +6,7 @@ number equals a recomputed one bitwise.
 
 import dataclasses
 import functools
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from stackwise_jax.memory.tiers import ChunkStore, DeviceStore, DiskStore, HostS
 from stackwise_jax.models.rack import apply_embedding
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.objectives.objective import variants
+from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import Phase
 from stackwise_jax.train.plan import Plan, phase_device_bytes
 from stackwise_jax.train.state import Frozen
@@ -57,43 +59,41 @@ class Forward:
         return x
 
 
-def store_maker(plan: Plan, workdir: Path, report: Callable[[str], None]) -> Callable[[str], ChunkStore]:
-    """Chooses the tier of a run's caches and returns what makes the store of the cache of a name.
+def shard_folder(config: RunConfig, workdir: Path) -> Path:
+    """Where the disk tier keeps its shards; runs that share `cache.folder` never share one."""
+    if not config.cache.folder:
+        return workdir / "cache"
+    own = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]
+    return Path(config.cache.folder).expanduser() / f"{workdir.name}-{own}"
 
-    Args:
-      report: is told of damaged shards.
+
+def cache_tier(plan: Plan, folder: Path) -> str:
+    """Chooses the tier of a run's caches by what has room now, before the run itself takes any.
 
     Raises:
       UserError: the cache does not fit where it is wanted, or nowhere.
     """
-    config = plan.config
-    folder = Path(config.cache.folder).expanduser() if config.cache.folder else workdir / "cache"
-    tier = "device"
-    if plan.cache_bytes:
-        needed = max(phase_device_bytes(plan, index).besides_cache for index in range(len(plan.phases)))
-        free = placement.device_room()
-        room = Room(
-            device=None if free is None else int(0.9 * free) - needed,
-            host=placement.host_room(),
-            disk=shutil.disk_usage(existing_parent(folder)).free,
-        )
-        tier = choose_tier(config.cache.tier, plan.cache_bytes, room)
-
-    def make_store(name: str) -> ChunkStore:
-        if tier == "disk":
-            return DiskStore(folder / name, report)
-        if tier == "host":
-            layout = plan.order.layout
-            n_chunks = layout.chunks_per_window * variants(config.objective) if name == "train" else 1
-            return HostStore(n_chunks)
-        return DeviceStore()
-
-    return make_store
+    if not plan.cache_bytes:
+        return "device"
+    needed = max(phase_device_bytes(plan, index).besides_cache for index in range(len(plan.phases)))
+    free = placement.device_room()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    room = Room(
+        device=None if free is None else int(0.9 * free) - needed,
+        host=placement.host_room(),
+        disk=shutil.disk_usage(existing).free,
+    )
+    return choose_tier(plan.config.cache.tier, plan.cache_bytes, room)
 
 
-def existing_parent(folder: Path) -> Path:
-    """The folder itself or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def make_cache_store(plan: Plan, tier: str, folder: Path, report: Callable[[str], None], name: str) -> ChunkStore:
+    """The store of the cache of a name, "train" or "held_out"; `report` is told of damaged shards."""
+    if tier == "disk":
+        return DiskStore(folder / name, report)
+    if tier == "host":
+        n_chunks = plan.order.layout.chunks_per_window * variants(plan.config.objective)
+        return HostStore(n_chunks if name == "train" else 1)
+    return DeviceStore()
 
 
 class TrunkInputs:
@@ -218,8 +218,8 @@ class TrunkInputs:
 
     def _bring(self, name: str, stacks: tuple[int, ...], chunks: range) -> None:
         on_mismatch = self._program.config.cache.on_mismatch
-        for share in self._caches[name].bring(self._trunk_of(name, stacks), chunks, on_mismatch=on_mismatch):
-            self._note(f"bringing the {name} cache through {len(stacks)} stack(s) {100 * share:.0f}%")
+        for work, share in self._caches[name].bring(self._trunk_of(name, stacks), chunks, on_mismatch=on_mismatch):
+            self._note(f"{work} the {name} cache, to the output of {len(stacks)} stack(s) {100 * share:.0f}%")
 
     def _trunk_of(self, name: str, stacks: tuple[int, ...]) -> Trunk:
         frozen = self._frozen

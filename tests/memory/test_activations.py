@@ -73,7 +73,7 @@ def trunk(depth: int, stacks: Any = STACKS) -> Trunk:
 
 
 def bring(cache: ActivationCache, depth: int, chunks: range = ALL, **options: Any) -> list[float]:
-    return list(cache.bring(trunk(depth, **options), chunks, on_mismatch="rebuild"))
+    return [share for _, share in cache.bring(trunk(depth, **options), chunks, on_mismatch="rebuild")]
 
 
 def recomputed(batch: Batch, depth: int) -> np.ndarray:
