@@ -112,3 +112,20 @@ def test_what_was_measured_at_the_resumed_step_is_not_written_twice(tmp_path: Pa
         writer.write("held_out", 4, {"phase": "stack_0001", "loss": loss})
         writer.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(3, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_a_full_disk_ends_tensorboard_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics._Board, "write", full)
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    for step in (1, 2):
+        writer.write("train", step, {"loss": 2.5})
+    writer.close()
+    assert len(lines(tmp_path)) == 2
+    assert capsys.readouterr().err == (
+        "warning: TensorBoard files end at step 1: No space left on device; metrics.jsonl goes on\n"
+    )
