@@ -117,10 +117,12 @@ def _explain(path: Path, error: Exception) -> str:
     return f"{path}:{frames[-1].lineno}: {text}" if frames else f"{path}: {text}"
 
 
-def help_text(module: object) -> str:
+def help_text(module: Any) -> str:
     """The program's own sentence, its flags, and every config field with its default and meaning."""
     lines = [(inspect.getdoc(module) or "").splitlines()[0], "", "Flags:"]
-    lines += [f"  --{name:<13} {FLAGS[name].help}" for name in ("config", "workdir", "plan", "print_config")]
+    own = [flag.name for flag in FLAGS.get_flags_for_module(module)]
+    names = dict.fromkeys(["config", "workdir", "plan", "print_config", *own])
+    lines += [f"  --{name:<13} {FLAGS[name].help}" for name in names]
     lines += ["", "Config fields (--config.model.d_model=512):", *_fields_help(schema.RunConfig, "")]
     return "\n".join(lines)
 

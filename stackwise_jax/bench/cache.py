@@ -80,7 +80,9 @@ def main(options: Any) -> None:
     import jax
 
     from stackwise_jax.data.corpus import prepare_corpus
+    from stackwise_jax.memory.placement import start_backend
 
+    start_backend()
     corpus = prepare_corpus(config, report=lambda line: print(line, flush=True))
     measured: list[Figures] = []
     for tier in options.tiers:

@@ -18,5 +18,5 @@ def test_prepare_prints_the_numbers_of_the_corpus(
     assert str(corpus.directory) in output
     assert f"320 pieces, sha256 {corpus.tokenizer.digest[:16]}" in output
     assert "7 rows of 32 (224 tokens)" in output
-    assert f"{corpus.validation.n_rows} rows of 32 ({corpus.validation.n_tokens:,} tokens)" in output
-    assert f"{corpus.train.text_bytes:,} bytes of text" in output
+    assert f"{corpus.validation.n_rows} rows of 32 ({32 * corpus.validation.n_rows:,} tokens)" in output
+    assert f"{corpus.train.parts[0].text_bytes:,} bytes of text" in output
