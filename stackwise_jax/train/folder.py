@@ -304,7 +304,7 @@ class RunFolder:
                         f"{error}; what was saved before is untouched: free space and run the same command again"
                     ) from None
                 if not self._has_complained:
-                    self._say(f"{error}; the run goes on and tries again, after {self.newest or 'nothing saved yet'}")
+                    self._say(f"{error}; the run goes on and tries again; saved so far: {self.newest or 'nothing'}")
                 self._has_complained = True
 
         self._writing = self._thread.submit(write)

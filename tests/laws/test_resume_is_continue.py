@@ -52,7 +52,7 @@ def stop_at(config: Any, corpus: Any, folder: Path, moment: str, after: int, act
 
         setattr(owner, name, call)
 
-    watched(run, "_note", lambda text: text.split()[0])
+    watched(run, "_note", lambda text: "filling" if "0 stack(s)" in text else "advancing")
     watched(run.inputs, "training_batch", lambda *_: "stepping")
     watched(run.folder, "save", lambda *_: "saving")
     held_out_batches = run.inputs.held_out_batches
