@@ -19,11 +19,13 @@ from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.schema import RunConfig
 
 PRECISIONS = ("fp32", "bf16")
+CACHE_PRECISIONS = (*PRECISIONS, "fp8")
 GROWING_MODES = ("layerwise", "blockwise", "stackwise")
 
 # Sections and fields that may differ when a run folder is continued: they change no number that a run computes (a
 # prepared corpus is checked by its digest, wherever it lies).
 FREE_FIELDS = ("checkpoint", "logging", "generation", "data.prepared", "data.cache_dir", "data.tfds_dir")
+FREE_FIELDS += ("cache.tier", "cache.folder", "cache.on_mismatch")
 
 
 def default() -> Any:
@@ -168,8 +170,8 @@ def _check_choices(config: RunConfig) -> None:
         "optimizer.schedule": (config.optimizer.schedule, ("wsd", "cosine")),
         "precision.compute": (config.precision.compute, PRECISIONS),
         "precision.trunk": (config.precision.trunk, PRECISIONS),
-        "precision.cache": (config.precision.cache, PRECISIONS),
-        "cache.tier": (config.cache.tier, ("device",)),
+        "precision.cache": (config.precision.cache, CACHE_PRECISIONS),
+        "cache.tier": (config.cache.tier, ("auto", "device", "host", "disk")),
         "cache.on_mismatch": (config.cache.on_mismatch, ("rebuild", "stop")),
     }
     for field, (value, allowed) in choices.items():
@@ -185,9 +187,12 @@ _AT_LEAST: dict[str, float] = {
     "model.architecture.n_stacks": 1, "model.architecture.blocks_per_stack": 1,
     "data.seq_len": 2, "data.max_bytes": 1, "data.max_rows": 1, "objective.mask_variants": 1, "seed": 0,
     "training.block_group": 1, "training.batch_size": 1, "training.accumulation_steps": 1,
-    "training.loss_chunk_tokens": 1, "optimizer.learning_rate": 0, "optimizer.muon_learning_rate": 0,
-    "optimizer.head_learning_rate_scale": 0, "optimizer.epsilon": 0, "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0, "cache.chunk_bytes": 1, "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
+    "training.loss_chunk_tokens": 1, "training.unroll_blocks": 1,
+    "optimizer.learning_rate": 0, "optimizer.muon_learning_rate": 0, "optimizer.head_learning_rate_scale": 0,
+    "optimizer.epsilon": 0, "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "cache.chunk_bytes": 1, "cache.window_gib": 0, "cache.window_visits": 1,
+    "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
     "checkpoint.keep": 1, "evaluation.rows": 1, "evaluation.every_steps": 1, "generation.samples": 0,
     "generation.tokens": 1, "generation.temperature": 0, "generation.top_k": 0, "logging.every_steps": 1,
     "logging.peak_flops": 1,

@@ -24,6 +24,7 @@ from stackwise_jax.data.split import segments_and_positions
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evals.likelihood import RowLosses, held_out_loss
+from stackwise_jax.memory.placement import start_backend
 from stackwise_jax.models.rack import apply_rack, output_table
 from stackwise_jax.ops.loss import token_losses
 from stackwise_jax.schema import DataConfig
@@ -47,6 +48,7 @@ def make_options() -> flags.FlagValues:
 def main(options: Any) -> None:
     """Prints a small table."""
     workdir = required_workdir(options)
+    start_backend()
     trained = load_trained(workdir, n_stacks=options.stacks)
     state = "finished" if trained.finished else "not finished"
     print(f"run {workdir}: {len(trained.rack['stacks'])} stack(s), {trained.step} steps, {state}")

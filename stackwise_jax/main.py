@@ -20,7 +20,12 @@ from stackwise_jax.errors import UserError, did_you_mean, one_line_errors
 from stackwise_jax.schema import RunConfig
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "A config file, FILE.py or FILE.py:ARGUMENT.", lock_config=True)
+with one_line_errors():
+    try:  # it opens every --flagfile at once
+        about = "A config file, FILE.py or FILE.py:ARGUMENT."
+        config_flags.DEFINE_config_file("config", None, about, lock_config=True)
+    except flags.Error as error:
+        raise UserError(f"--flagfile: {error}".replace("ERROR:: ", "")) from None
 flags.DEFINE_string("workdir", None, "The run folder; continued when it exists. Default: runs/NAME of the config.")
 flags.DEFINE_bool("plan", False, "Print what the run will do and cost, then stop.")
 flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON, then stop.")
@@ -36,8 +41,10 @@ def main(config: RunConfig) -> None:
 
         print(describe(make_plan(config, None)))
         return
+    from stackwise_jax.memory.placement import start_backend
     from stackwise_jax.report import train_and_report
 
+    start_backend()
     train_and_report(config, Path(FLAGS.workdir or Path("runs") / config.name).expanduser())
 
 

@@ -21,7 +21,7 @@ from stackwise_jax.evals.ngram import Pairs, ngram_scores
 from stackwise_jax.generate.autoregressive import continue_texts, printable
 from stackwise_jax.schema import ArchitectureConfig, RunConfig
 from stackwise_jax.train import loop
-from stackwise_jax.train.checkpoint import refuse_foreign
+from stackwise_jax.train.folder import refuse_foreign
 from stackwise_jax.train.plan import make_plan
 from stackwise_jax.train.step import make_program
 

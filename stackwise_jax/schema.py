@@ -100,6 +100,7 @@ class TrainingConfig:
     accumulation_steps: int = 1  # micro-batches an update
     remat: str = "none"  # none | dots (keep matmul outputs) | full (keep block inputs only)
     execution: str = "auto"  # auto | fused | chained
+    unroll_blocks: int = 16  # blocks of a live stack compiled one after another; a larger stack is a loop over them
     loss_chunk_tokens: int = 2048  # tokens whose logits exist at once
     progressive: ProgressiveConfig = ProgressiveConfig()
 
@@ -129,15 +130,18 @@ class PrecisionConfig:
 
     compute: str = "fp32"  # matmul inputs: fp32 | bf16
     trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16
-    cache: str = "fp32"  # storage of cached activations: fp32 | bf16
+    cache: str = "fp32"  # storage of cached activations: fp32 | bf16 | fp8 (E4M3, a scale per token)
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """The activation cache."""
 
-    tier: str = "device"  # device
+    tier: str = "auto"  # auto (the first with room) | device | host (pinned memory) | disk
+    folder: str = ""  # of the disk tier; empty: cache/ in the run folder
     chunk_bytes: int = 128 * 2**20  # of activations that move together; rows are shuffled inside a chunk
+    window_gib: float | None = None  # a larger cache is walked in windows of this size; None: all rows at once
+    window_visits: int = 16  # passes over a window before the next, which costs a run through the trunk
     on_mismatch: str = "rebuild"  # rebuild | stop
 
 

@@ -40,8 +40,10 @@ def main(options: Any) -> None:
     """Prints every prompt with its continuations."""
     workdir = required_workdir(options)
     from stackwise_jax.generate.autoregressive import continue_texts, printable
+    from stackwise_jax.memory.placement import start_backend
     from stackwise_jax.train.trained import load_trained
 
+    start_backend()
     trained = load_trained(workdir, n_stacks=options.stacks)
     config = _with_generation(trained.config, options)
     prompts = [config.generation.prompt] if options.prompt is None else options.prompt

@@ -1,14 +1,15 @@
 """The activation cache: what a trunk puts out, per (row, variant), so that depth k costs what depth 1 costs.
 
-Rows live in chunks; a batch always lies inside one chunk (data/pipeline.py draws it so). Filling and advancing run
+Rows live in chunks; a batch always lies inside one chunk (data/pipeline.py draws it so). Every chunk carries the
+fingerprint of what it was computed from, so a cache may hold chunks of different depths: bringing it to a trunk
+computes what is missing and advances what is behind, whatever stopped an earlier attempt. Filling and advancing run
 batch by batch with the caller's own forward programs, the ones that recomputation uses, so that in float32 storage a
-cached number equals a recomputed one bitwise. A fingerprint says what the numbers came from; a cursor separates
-chunks that have been advanced from those that have not, so that an interrupted advance mixes nothing.
+cached number equals a recomputed one bitwise.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,51 +18,41 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.errors import UserError
+from stackwise_jax.memory.precision import Stored, as_stored, from_stored
+from stackwise_jax.memory.tiers import ChunkStore
 from stackwise_jax.types import Batch
 
 Rows = Callable[[np.ndarray, int], Batch]
 """(row ids [B], variant) -> the batch of those rows."""
 
-
-@runtime_checkable
-class ChunkStore(Protocol):
-    """Where chunks live. A tier implements this; the cache never asks which one it has."""
-
-    def take(self, chunk: int) -> Float[Array, "C T D"]:
-        """Returns a chunk on the device for changing; the store's own copy may be given up until `put`."""
-        ...
-
-    def read(self, chunk: int) -> Float[Array, "C T D"]:
-        """Returns a chunk on the device for reading."""
-        ...
-
-    def put(self, chunk: int, values: Float[Array, "C T D"]) -> None:
-        """Stores a chunk."""
-        ...
+_MISSING = -1  # the depth of a chunk that must be computed from tokens
 
 
-class DeviceStore:
-    """Chunks as device arrays: the fastest tier, for caches that fit beside the live part."""
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """What a cache is brought to: k frozen stacks over a settled embedding.
 
-    def __init__(self) -> None:
-        self._chunks: dict[int, Array] = {}
+    Attributes:
+      chain: f_0 .. f_k, the fingerprints of its outputs after 0 .. k stacks.
+      embed: brings the embedding to the device and returns batch -> x.
+      stacks: for each stack, brings it to the device and returns (x, batch) -> x.
+    """
 
-    def take(self, chunk: int) -> Float[Array, "C T D"]:
-        return self._chunks.pop(chunk)
-
-    def read(self, chunk: int) -> Float[Array, "C T D"]:
-        return self._chunks[chunk]
-
-    def put(self, chunk: int, values: Float[Array, "C T D"]) -> None:
-        self._chunks[chunk] = values
+    chain: Sequence[str]
+    embed: Callable[[], Callable[[Batch], Array]]
+    stacks: Sequence[Callable[[], Callable[[Array, Batch], Array]]]
 
 
 class ActivationCache:
-    """Trunk outputs of `n_rows` rows in `variants` corruptions.
+    """Trunk outputs of some rows in `variants` corruptions, in any tier.
 
-    Attributes:
-      fingerprint: what the numbers were computed from; None while empty or while a fill or advance is under way.
-      cursor: chunks already at the next depth while an advance is under way; 0 otherwise.
+    Args:
+      store: the tier.
+      rows: reads rows.
+      rows_per_chunk, batch_size: a chunk is whole batches.
+      n_chunks: of the whole corpus in one variant; a cache may hold a part of them.
+      precision: of storage, a key of `memory.precision.DTYPES`.
+      dtype: of what `read` returns.
     """
 
     def __init__(
@@ -69,101 +60,156 @@ class ActivationCache:
         store: ChunkStore,
         rows: Rows,
         *,
-        n_rows: int,
         rows_per_chunk: int,
         batch_size: int,
+        n_chunks: int,
         variants: int,
+        precision: str,
         dtype: DTypeLike,
     ) -> None:
-        if n_rows % rows_per_chunk or rows_per_chunk % batch_size:
-            raise ValueError(f"{n_rows} rows in chunks of {rows_per_chunk} in batches of {batch_size} do not divide")
-        self.fingerprint: str | None = None
-        self.cursor = 0
-        self._target: str | None = None  # fingerprint that an advance under way leads to
+        if rows_per_chunk % batch_size:
+            raise ValueError(f"chunks of {rows_per_chunk} rows in batches of {batch_size} do not divide")
         self._store, self._rows = store, rows
         self._rows_per_chunk, self._batch_size = rows_per_chunk, batch_size
-        self._chunks_per_variant, self._variants = n_rows // rows_per_chunk, variants
-        self._dtype = dtype
+        self._n_chunks, self._variants = n_chunks, variants
+        self._precision, self._dtype = precision, dtype
+        self._trunk: Trunk | None = None  # what reading promises; None while that is not reached
+        self._wanted: list[int] = []
 
-    @property
-    def n_chunks(self) -> int:
-        return self._chunks_per_variant * self._variants
+    def bring(self, trunk: Trunk, chunks: range, *, on_mismatch: str) -> Iterator[tuple[str, float]]:
+        """Makes the chunks of those numbers, in every variant, the output of a trunk, and forgets all others.
 
-    def fill(self, embed: Callable[[Batch], Array], fingerprint: str) -> Iterator[float]:
-        """Computes every row from tokens. Yields the share done after every chunk; run it to the end."""
-        self.fingerprint, self.cursor = None, 0
-        for chunk in range(self.n_chunks):
-            values: Array | None = None
-            for offset, batch in self._batches(chunk):
-                x = embed(batch)
-                if values is None:
-                    values = jnp.zeros((self._rows_per_chunk, *x.shape[1:]), self._dtype)
-                values = _write(values, x, offset)
-            assert values is not None
-            self._store.put(chunk, values)
-            yield (chunk + 1) / self.n_chunks
-        self.fingerprint = fingerprint
-
-    def advance(self, forward: Callable[[Array, Batch], Array], fingerprint: str) -> Iterator[float]:
-        """Runs every row through one more stack, in place. Yields the share done after every chunk.
-
-        Stopped between two chunks it can be called again with the same stack and goes on at `cursor`.
+        Yields ("filling" or "advancing", share done) after every chunk; run it to the end. Stopped in between it may
+        be called again.
 
         Raises:
-          ValueError: an advance to another fingerprint is under way.
+          UserError: with on_mismatch "stop", when a chunk was computed from something else.
         """
-        if self.cursor and self._target != fingerprint:
-            raise ValueError("this cache is in the middle of an advance through another stack; fill it again")
-        self.fingerprint, self._target = None, fingerprint
-        for chunk in range(self.cursor, self.n_chunks):
-            values = self._store.take(chunk)
-            for offset, batch in self._batches(chunk):
-                values = _write(values, forward(_slice(values, offset, self._batch_size), batch), offset)
-            self._store.put(chunk, values)
-            self.cursor = chunk + 1
-            yield self.cursor / self.n_chunks
-        self.fingerprint, self.cursor = fingerprint, 0
+        self._trunk = None
+        self._wanted = [self._number(chunk, variant) for variant in range(self._variants) for chunk in chunks]
+        for number in set(self._store.chunks()) - set(self._wanted):
+            self._store.drop(number)
+        depth_of = {fingerprint: depth for depth, fingerprint in enumerate(trunk.chain)}
+        self._require_known(depth_of, on_mismatch)
+        top = len(trunk.chain) - 1
 
-    def read(self, batch: Batch) -> Float[Array, "B T D"]:
-        """Returns the stored rows of a batch, in its order. All of a batch's rows lie in one chunk and variant."""
-        if self.fingerprint is None:
-            raise RuntimeError("the cache is empty or in the middle of an advance; it must not be read")
+        def depths() -> dict[int, int]:
+            found = ((number, self._store.fingerprint(number)) for number in self._wanted)
+            return {number: depth_of.get(fingerprint or "", _MISSING) for number, fingerprint in found}
+
+        left = sum(top - depth for depth in depths().values())
+        done = 0
+        while (lowest := min(depths().values())) < top:  # a chunk found damaged on the way is missing, and comes again
+            behind = [number for number, depth in depths().items() if depth == lowest]
+            for _ in self._raise_by_one(trunk, lowest, behind):
+                done += 1
+                yield "filling" if lowest == _MISSING else "advancing", min(1.0, done / left)
+        self._store.flush()
+        self._trunk = trunk
+
+    def read(self, batch: Batch, *, upcoming: Sequence[tuple[int, int]] = ()) -> Float[Array, "B T D"]:
+        """Returns the rows of a batch, in its order. All of them lie in one chunk and variant.
+
+        Args:
+          upcoming: (chunk, variant) pairs that will be read next; they are brought closer meanwhile.
+        """
+        if self._trunk is None:
+            raise RuntimeError("the cache is empty or on its way to another trunk; it must not be read")
         row_ids = np.asarray(batch.row_ids)
         variants = np.asarray(batch.visits) % self._variants
         variant, chunk = int(variants[0]), int(row_ids[0]) // self._rows_per_chunk
         if np.any(row_ids // self._rows_per_chunk != chunk) or np.any(variants != variant):
             raise ValueError("the rows of a batch must lie in one chunk and one variant of the cache")
-        values = self._store.read(variant * self._chunks_per_variant + chunk)
-        return _gather(values, (row_ids % self._rows_per_chunk).astype(np.int32))
+        number = self._number(chunk, variant)
+        if self._store.fingerprint(number) != self._trunk.chain[-1]:
+            raise ValueError(f"chunk {chunk} of variant {variant} is not in the cache")
+        stored = self._store.read(number)
+        while stored is None:  # it was damaged: it alone is computed again
+            self._rebuild(number)
+            stored = self._store.read(number)
+        for next_chunk, next_variant in upcoming:
+            self._store.expect(self._number(next_chunk, next_variant))
+        return _gather(stored, (row_ids % self._rows_per_chunk).astype(np.int32), self._dtype)
 
-    def require(self, fingerprint: str, *, on_mismatch: str) -> bool:
-        """Says whether the cache may be trained on; with on_mismatch "stop" a wrong fingerprint is an error."""
-        if self.fingerprint == fingerprint:
-            return True
-        if on_mismatch == "stop" and self.fingerprint is not None:
+    def clear(self) -> None:
+        """Forgets every chunk, also those on disk."""
+        self._trunk = None
+        for number in self._store.chunks():
+            self._store.drop(number)
+
+    def _number(self, chunk: int, variant: int) -> int:
+        return variant * self._n_chunks + chunk
+
+    def _require_known(self, depth_of: dict[str, int], on_mismatch: str) -> None:
+        foreign = [number for number in self._wanted if self._store.fingerprint(number) not in {None, *depth_of}]
+        if foreign and on_mismatch == "stop":
             raise UserError(
                 "cache.on_mismatch='stop': the activation cache was computed from another trunk, corpus, tokenizer, "
                 "seed or precision; set it to 'rebuild'"
             )
-        return False
 
-    def _batches(self, chunk: int) -> Iterator[tuple[int, Batch]]:
-        variant, place = divmod(chunk, self._chunks_per_variant)
+    def _raise_by_one(self, trunk: Trunk, depth: int, numbers: Sequence[int]) -> Iterator[None]:
+        """Brings chunks from `depth` to the next; one that turns out damaged is left missing."""
+        if depth == _MISSING:
+            embed = trunk.embed()
+            for number in numbers:
+                self._store.put(number, trunk.chain[0], self._computed(number, embed))
+                yield
+            return
+        forward = trunk.stacks[depth]()
+        for number, following in zip(numbers, [*numbers[1:], None], strict=True):
+            stored = self._store.take(number)
+            if following is not None:
+                self._store.expect(following)
+            if stored is not None:
+                self._store.put(number, trunk.chain[depth + 1], self._advanced(number, stored, forward))
+            yield
+
+    def _rebuild(self, number: int) -> None:
+        assert self._trunk is not None
+        for depth in range(_MISSING, len(self._trunk.stacks)):
+            list(self._raise_by_one(self._trunk, depth, [number]))
+
+    def _computed(self, number: int, embed: Callable[[Batch], Array]) -> Stored:
+        stored: Stored | None = None
+        for offset, batch in self._batches(number):
+            x = embed(batch)
+            if stored is None:
+                stored = _empty(x, self._rows_per_chunk, self._precision)
+            stored = _write(stored, x, offset, self._precision)
+        assert stored is not None
+        return stored
+
+    def _advanced(self, number: int, stored: Stored, forward: Callable[[Array, Batch], Array]) -> Stored:
+        for offset, batch in self._batches(number):
+            x = forward(_slice(stored, offset, self._batch_size, self._dtype), batch)
+            stored = _write(stored, x, offset, self._precision)
+        return stored
+
+    def _batches(self, number: int) -> Iterator[tuple[int, Batch]]:
+        variant, chunk = divmod(number, self._n_chunks)
         for offset in range(0, self._rows_per_chunk, self._batch_size):
-            first = place * self._rows_per_chunk + offset
+            first = chunk * self._rows_per_chunk + offset
             yield offset, self._rows(np.arange(first, first + self._batch_size), variant)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(values: Float[Array, "C T D"], x: Float[Array, "B T D"], offset: Int[Array, ""] | int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(values, x.astype(values.dtype), offset, 0)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _empty(x: Float[Array, "B T D"], rows: int, precision: str) -> Stored:
+    return jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), as_stored(x, precision))
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _write(stored: Stored, x: Float[Array, "B T D"], offset: Int[Array, ""] | int, precision: str) -> Stored:
+    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=offset, axis=0)
+    return jax.tree.map(update, stored, as_stored(x, precision))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _slice(stored: Stored, offset: Int[Array, ""] | int, size: int, dtype: DTypeLike) -> Float[Array, "B T D"]:
+    rows = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, offset, size, 0), stored)
+    return from_stored(rows, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _slice(values: Float[Array, "C T D"], offset: Int[Array, ""] | int, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(values, offset, size, 0)
-
-
-@jax.jit
-def _gather(values: Float[Array, "C T D"], offsets: Int[Array, "B"]) -> Float[Array, "B T D"]:
-    return values[offsets]
+def _gather(stored: Stored, offsets: Int[Array, "B"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    return from_stored(jax.tree.map(lambda leaf: leaf[offsets], stored), dtype)

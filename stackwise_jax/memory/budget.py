@@ -8,7 +8,7 @@ Recomputation by remat is not counted.
 import dataclasses
 import typing
 
-from stackwise_jax.memory.precision import item_bytes
+from stackwise_jax.memory.precision import item_bytes, token_bytes
 from stackwise_jax.models import weights
 from stackwise_jax.schema import ModelConfig, RunConfig
 
@@ -51,8 +51,7 @@ def step_flops_per_token(
 
 def cache_bytes(config: RunConfig, n_rows: int, variants: int) -> int:
     """Bytes of cached activations of `n_rows` rows."""
-    row = config.data.seq_len * config.model.d_model * item_bytes(config.precision.cache)
-    return n_rows * variants * row
+    return n_rows * variants * config.data.seq_len * token_bytes(config.precision.cache, config.model.d_model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +68,10 @@ class DeviceBytes:
     @property
     def total(self) -> int:
         return sum(dataclasses.astuple(self))
+
+    @property
+    def besides_cache(self) -> int:
+        return self.total - self.cache
 
 
 def optimizer_bytes(config: RunConfig, *, live: int, live_in_stacks: int) -> int:

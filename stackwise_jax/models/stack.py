@@ -14,13 +14,15 @@ from stackwise_jax.models.block import Block, Context, KeyValues
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
 
-# What the backward pass of a block keeps: everything, the matmul outputs, or only the block's input.
-REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "none": lambda body: body,
-    "dots": lambda body: jax.checkpoint(
-        body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
+# What the backward pass of a block keeps: everything, the matmul outputs, or only the block's input. Where both passes
+# lie in one program and not in two loops, the compiler would find the second computation equal to the first and keep
+# the first: `without_loop` forbids it that.
+REMAT: dict[str, Callable[[Callable[..., Any], bool], Callable[..., Any]]] = {
+    "none": lambda body, without_loop: body,
+    "dots": lambda body, without_loop: jax.checkpoint(
+        body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=without_loop
     ),
-    "full": lambda body: jax.checkpoint(body, prevent_cse=False),
+    "full": lambda body, without_loop: jax.checkpoint(body, prevent_cse=without_loop),
 }
 
 
@@ -44,6 +46,7 @@ def apply_stack(
     *,
     dtype: DTypeLike,
     remat: str = "none",
+    unroll: int = 1,
     key: Key | None = None,
 ) -> Float[Array, "B T D"]:
     """Runs the blocks of a stack in turn.
@@ -52,6 +55,8 @@ def apply_stack(
       params: block parameters with a leading axis `L`.
       dtype: of matmul inputs and of the residual stream.
       remat: a key of `REMAT`.
+      unroll: blocks in one turn of the loop; the whole stack or more: no loop, which spares the copies of what the
+        backward pass keeps into and out of arrays with a block axis.
       key: for dropout; None leaves it out.
     """
     block = Block(model, dtype)
@@ -62,7 +67,9 @@ def apply_stack(
         block_params, block_key = of_block
         return block.apply({"params": block_params}, hidden, context, block_key)[0], None
 
-    return jax.lax.scan(REMAT[remat](body), x.astype(dtype), (params, keys), length=n_blocks)[0]
+    unroll = min(unroll, n_blocks)
+    body = REMAT[remat](body, unroll == n_blocks)
+    return jax.lax.scan(body, x.astype(dtype), (params, keys), length=n_blocks, unroll=unroll)[0]
 
 
 def decode_stack(

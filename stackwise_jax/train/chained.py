@@ -92,8 +92,7 @@ class ChainedGradients:
     def _apply_stack(self, role: Role, params: Params, x: Array, context: Context, key: Key | None) -> Array:
         if role is Role.FROZEN:
             return apply_stack(params, x, context, self.model, dtype=self.program.dtype)
-        remat = self.program.config.training.remat
-        return apply_stack(params, x, context, self.model, dtype=self.program.live_dtype, remat=remat, key=key)
+        return self.program.apply_live_stack(params, x, context, key)
 
     def _pull_stack(
         self, role: Role, params: Params, x: Array, context: Context, key: Key | None, pull: Array

@@ -52,19 +52,28 @@ class MetricsWriter:
     """Appends to `metrics.jsonl`; every object has a `step` and a `kind`."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Opens the file and drops what a continued run is about to write again: lines after `resume_step`."""
+        """Opens the file and drops what a continued run is about to write again: lines after `resume_step`.
+
+        Of that step itself a run may evaluate once more, with the same result; it is not written twice.
+        """
         self._path = folder / "metrics.jsonl"
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         kept = [line for line in text.splitlines(keepends=True) if _step_of(line) <= resume_step]
         write_text(self._path, "".join(kept))
         self._resume_step = resume_step
-        self._file = self._path.open("a", encoding="utf-8")
+        self._known = [_key_of(json.loads(line)) for line in kept if _step_of(line) == resume_step]
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten = b""
         self._board_folder = folder / "tensorboard"
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Writes one object; numbers also go to TensorBoard as `kind/name`."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        """Writes one object; numbers also go to TensorBoard as `kind/name`. A full disk gets it when it has room."""
+        entry = {"kind": kind, "step": step, **values}
+        if step == self._resume_step and _key_of(entry) in self._known:
+            return
+        self._unwritten += json.dumps(entry).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
@@ -84,6 +93,10 @@ class MetricsWriter:
         except ImportError:
             return None
         return SummaryWriter(str(self._board_folder), purge_step=self._resume_step + 1)
+
+
+def _key_of(entry: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return entry.get("kind"), entry["step"], entry.get("phase")
 
 
 def _step_of(line: str) -> float:

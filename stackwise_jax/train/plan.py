@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 
 from stackwise_jax import __version__
+from stackwise_jax.data.order import ChunkLayout, Order, chunk_layout, in_windows
 from stackwise_jax.memory import budget
 from stackwise_jax.memory.budget import readable_bytes, readable_count
+from stackwise_jax.memory.tiers import CHUNKS_IN_FLIGHT
 from stackwise_jax.models import weights
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
@@ -23,7 +25,8 @@ class Plan:
       phases: in order.
       signatures: of each phase; distinct ones are compiled once each.
       step_flops: FLOPs of one update of each phase.
-      pass_flops: FLOPs of filling or advancing the cache after each phase; 0 where nothing is cached next.
+      pass_flops: FLOPs of bringing the cache to the phase after each phase, and to new windows during it.
+      layout: of the training rows in chunks and windows; None while the corpus is not known.
     """
 
     config: RunConfig
@@ -31,7 +34,25 @@ class Plan:
     signatures: tuple[Signature, ...]
     step_flops: tuple[float, ...]
     pass_flops: tuple[float, ...]
-    rows: int | None
+    layout: ChunkLayout | None
+
+    @property
+    def rows(self) -> int | None:
+        """Training rows used."""
+        return None if self.layout is None else self.layout.n_rows
+
+    @property
+    def order(self) -> Order:
+        """Of the training batches; only once the corpus is known."""
+        assert self.layout is not None
+        return Order(self.layout, self.config.training.batch_size, self.config.seed)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of activations that the cache holds at once; 0 where nothing is cached."""
+        if self.layout is None or not any(phase.cached for phase in self.phases):
+            return 0
+        return budget.cache_bytes(self.config, self.layout.rows_per_window, variants(self.config.objective))
 
     @property
     def flops(self) -> float:
@@ -58,14 +79,30 @@ def make_plan(config: RunConfig, rows: int | None) -> Plan:
     rows = rows if rows is not None else config.data.max_rows
     phases = make_curriculum(config)
     signatures = tuple(signature(phase, phases, config) for phase in phases)
+    layout = None if rows is None else make_layout(config, phases, rows)
     return Plan(
         config=config,
         phases=phases,
         signatures=signatures,
         step_flops=tuple(_step_flops(config, p, s) for p, s in zip(phases, signatures, strict=True)),
-        pass_flops=tuple(_pass_flops(config, phases, i, rows or 0) for i in range(len(phases))),
-        rows=rows,
+        pass_flops=tuple(_pass_flops(config, phases, i, layout) for i in range(len(phases))),
+        layout=layout,
     )
+
+
+def make_layout(config: RunConfig, phases: tuple[Phase, ...], rows: int) -> ChunkLayout:
+    """Divides `rows` training rows into chunks, and into windows where something is cached and they are asked for.
+
+    Raises:
+      UserError: fewer rows than one batch.
+    """
+    row_bytes = budget.cache_bytes(config, 1, 1)  # a chunk holds one variant of its rows
+    layout = chunk_layout(rows, config.training.batch_size, row_bytes, config.cache.chunk_bytes)
+    window = config.cache.window_gib
+    if window is None or not any(phase.cached for phase in phases):
+        return layout
+    rows_per_window = int(window * 2**30 / (row_bytes * variants(config.objective)))
+    return in_windows(layout, rows_per_window, config.cache.window_visits)
 
 
 def _step_flops(config: RunConfig, phase: Phase, sig: Signature) -> float:
@@ -85,15 +122,27 @@ def _step_flops(config: RunConfig, phase: Phase, sig: Signature) -> float:
     return per_token * config.training.batch_size * config.data.seq_len
 
 
-def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, rows: int) -> float:
-    """Advancing the cache through the stacks that `phases[index]` froze, when the next phase reads it."""
-    if index + 1 == len(phases) or not phases[index + 1].cached:
+def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, layout: ChunkLayout | None) -> float:
+    """Advancing the cache to the phase after `phases[index]`, and refilling it in that phase for every new window."""
+    if layout is None:
         return 0.0
     sizes = stack_sizes(config)
-    passed = phases[index].live_stacks if phases[index].cached else phases[index + 1].trunk
-    blocks = sum(sizes[stack] for stack in passed)
-    tokens = rows * variants(config.objective) * config.data.seq_len
-    return blocks * tokens * budget.block_forward_flops(config.model, config.data.seq_len)
+    tokens = layout.rows_per_window * variants(config.objective) * config.data.seq_len
+    per_block = tokens * budget.block_forward_flops(config.model, config.data.seq_len)
+    blocks = sum(sizes[stack] for stack in phases[index].trunk) * _refills(config, phases, index, layout)
+    if index + 1 < len(phases) and phases[index + 1].cached:
+        passed = phases[index].live_stacks if phases[index].cached else phases[index + 1].trunk
+        blocks += sum(sizes[stack] for stack in passed)
+    return blocks * per_block
+
+
+def _refills(config: RunConfig, phases: tuple[Phase, ...], index: int, layout: ChunkLayout) -> int:
+    """Windows that a phase enters after its first."""
+    if not phases[index].cached or layout.n_windows == 1:
+        return 0
+    stay = layout.rows_per_window // config.training.batch_size * layout.window_visits  # steps
+    first = sum(phase.steps for phase in phases[:index])
+    return (first + phases[index].steps - 1) // stay - first // stay
 
 
 def phase_parameters(config: RunConfig, phase: Phase, sig: Signature) -> tuple[int, int]:
@@ -125,15 +174,22 @@ def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
         frozen += 4 * weights.count(weights.head_table(model, tied=not sig.head_has_table))
     if phase.embedding is Role.FROZEN and not (phase.cached and sig.head_has_table):
         frozen += 4 * weights.count(weights.embedding_table(model))
-    cached_rows = (plan.rows or 0) if phase.cached else 0
     return budget.DeviceBytes(
         weights=4 * live,
         optimizer=budget.optimizer_bytes(config, live=live, live_in_stacks=in_stacks),
         gradients=4 * live,
         frozen=frozen,
         activations=budget.activation_bytes(config, sum(sizes[stack] for stack in phase.live_stacks)),
-        cache=budget.cache_bytes(config, cached_rows, variants(config.objective)),
+        cache=_cache_bytes_on_device(plan) if phase.cached else 0,
     )
+
+
+def _cache_bytes_on_device(plan: Plan) -> int:
+    """The whole cache, or in other tiers the chunks on their way."""
+    config = plan.config.cache
+    if config.tier in ("auto", "device"):
+        return plan.cache_bytes
+    return min(plan.cache_bytes, CHUNKS_IN_FLIGHT * config.chunk_bytes)
 
 
 def rack_bytes(config: RunConfig) -> int:
@@ -159,6 +215,7 @@ def describe(plan: Plan) -> str:
         *_phase_lines(plan),
         "",
         *_memory_lines(plan),
+        *_cache_lines(plan),
         "",
         f"total    {sum(p.steps for p in plan.phases)} steps, {readable_count(plan.flops)} FLOPs "
         f"({readable_count(sum(plan.pass_flops))} of them advancing the cache), {plan.compilations} distinct train "
@@ -202,6 +259,30 @@ def _memory_lines(plan: Plan) -> list[str]:
         f"host     {rack} of frozen parts at the end, besides the program",
         f"disk     {rack} of frozen parts at the end, and {plan.config.checkpoint.keep} snapshot(s) of the live state",
     ]
+
+
+def _cache_lines(plan: Plan) -> list[str]:
+    """What the cache holds, where, and what it costs to fill it again."""
+    config, layout = plan.config, plan.layout
+    if layout is None or not plan.cache_bytes:
+        return []
+    last = plan.phases[-1]
+    blocks = sum(stack_sizes(config)[stack] for stack in last.trunk)
+    tokens = layout.rows_per_window * variants(config.objective) * config.data.seq_len
+    refill = blocks * tokens * budget.block_forward_flops(config.model, config.data.seq_len)
+    per_window = layout.chunks_per_window * variants(config.objective)
+    lines = [
+        f"cache    {readable_bytes(plan.cache_bytes)} in {config.precision.cache}, tier {config.cache.tier}, "
+        f"{per_window} chunk(s) of {readable_bytes(plan.cache_bytes / per_window)}; filling it anew in {last.name} "
+        f"takes {readable_count(refill)} FLOPs ({100 * refill / plan.flops:.1f}% of the run)"
+    ]
+    if layout.n_windows > 1:
+        refills = [_refills(config, plan.phases, index, layout) for index in range(len(plan.phases))]
+        lines.append(
+            f"windows  {layout.n_windows} of {layout.rows_per_window} rows, {layout.window_visits} passes each; "
+            f"{sum(refills)} refills in all"
+        )
+    return lines
 
 
 def _path_text(phase: Phase) -> str:

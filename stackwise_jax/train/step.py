@@ -75,6 +75,22 @@ class Program:
         precision = self.config.training.progressive.new_stack_precision
         return DTYPES[precision or self.config.precision.compute]
 
+    def apply_live_stack(
+        self, params: Params, x: Float[Array, "B T D"], context: Context, key: Key | None
+    ) -> Float[Array, "B T D"]:
+        """Runs a stack that is trained: in its own arithmetic, laid out and kept as the config says."""
+        training = self.config.training
+        return apply_stack(
+            params,
+            x,
+            context,
+            self.config.model,
+            dtype=self.live_dtype,
+            remat=training.remat,
+            unroll=training.unroll_blocks,
+            key=key,
+        )
+
 
 def make_program(config: RunConfig, tokenizer: Tokenizer, *, n_rows: int) -> Program:
     """The program of a run on a corpus of `n_rows` training rows."""
@@ -103,8 +119,7 @@ def run_path(
     live, frozen = iter(parts["stacks"]), iter(parts["frozen_stacks"])
     for (_, role), stack_key in zip(signature.body, keys[1:], strict=True):
         if role is Role.LIVE:
-            remat = program.config.training.remat
-            x = apply_stack(next(live), x, context, model, dtype=program.live_dtype, remat=remat, key=stack_key)
+            x = program.apply_live_stack(next(live), x, context, stack_key)
         else:
             x = apply_stack(next(frozen), x, context, model, dtype=program.dtype)
     return apply_head_norm(parts["head"], x.astype(program.dtype), model)

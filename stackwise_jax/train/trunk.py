@@ -6,7 +6,10 @@ number equals a recomputed one bitwise.
 
 import dataclasses
 import functools
+import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,15 +17,18 @@ from jaxtyping import Array, Float
 
 from stackwise_jax import __version__
 from stackwise_jax.data.corpus import Corpus
-from stackwise_jax.data.pipeline import Order, validation_batches
-from stackwise_jax.memory import fingerprint
-from stackwise_jax.memory.activations import ActivationCache, DeviceStore
+from stackwise_jax.data.order import Order
+from stackwise_jax.data.pipeline import validation_batches
+from stackwise_jax.memory import fingerprint, placement
+from stackwise_jax.memory.activations import ActivationCache, Trunk
 from stackwise_jax.memory.placement import to_device
-from stackwise_jax.memory.precision import DTYPES
+from stackwise_jax.memory.tiers import ChunkStore, DeviceStore, DiskStore, HostStore, Room, choose_tier
 from stackwise_jax.models.rack import apply_embedding
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.objectives.objective import variants
+from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import Phase
+from stackwise_jax.train.plan import Plan, phase_device_bytes
 from stackwise_jax.train.state import Frozen
 from stackwise_jax.train.step import Program
 from stackwise_jax.types import Batch, Params
@@ -53,12 +59,61 @@ class Forward:
         return x
 
 
+def shard_folder(config: RunConfig, workdir: Path) -> Path:
+    """Where the disk tier keeps its shards; runs that share `cache.folder` never share one."""
+    if not config.cache.folder:
+        return workdir / "cache"
+    own = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]
+    return Path(config.cache.folder).expanduser() / f"{workdir.name}-{own}"
+
+
+def cache_tier(plan: Plan, folder: Path) -> str:
+    """Chooses the tier of a run's caches by what has room now, before the run itself takes any.
+
+    Raises:
+      UserError: the cache does not fit where it is wanted, or nowhere.
+    """
+    if not plan.cache_bytes:
+        return "device"
+    needed = max(phase_device_bytes(plan, index).besides_cache for index in range(len(plan.phases)))
+    free = placement.device_room()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    room = Room(
+        device=None if free is None else int(0.9 * free) - needed,
+        host=placement.host_room(),
+        disk=shutil.disk_usage(existing).free,
+    )
+    return choose_tier(plan.config.cache.tier, plan.cache_bytes, room)
+
+
+def make_cache_store(plan: Plan, tier: str, folder: Path, report: Callable[[str], None], name: str) -> ChunkStore:
+    """The store of the cache of a name, "train" or "held_out"; `report` is told of damaged shards."""
+    if tier == "disk":
+        return DiskStore(folder / name, report)
+    if tier == "host":
+        n_chunks = plan.order.layout.chunks_per_window * variants(plan.config.objective)
+        return HostStore(n_chunks if name == "train" else 1)
+    return DeviceStore()
+
+
 class TrunkInputs:
     """Feeds phases with what their trunk puts out, from a cache or recomputed; the validation set has a twin cache."""
 
-    def __init__(self, program: Program, corpus: Corpus, order: Order) -> None:
+    def __init__(
+        self,
+        program: Program,
+        corpus: Corpus,
+        order: Order,
+        make_store: Callable[[str], ChunkStore],
+    ) -> None:
+        """Caches nothing yet.
+
+        Args:
+          order: of the training batches.
+          make_store: the tier of the cache of that name, "train" or "held_out"; called when one is first needed.
+        """
         config = program.config
-        self._program, self._corpus, self._order = program, corpus, order
+        self._program, self._corpus, self._order, self._make_store = program, corpus, order, make_store
         self._forward = Forward(program)
         self._variants = variants(config.objective)
         self.held_out = list(
@@ -70,40 +125,59 @@ class TrunkInputs:
             )
         )
         self._caches: dict[str, ActivationCache] = {}
+        self._window: int | None = None  # of the training rows that are cached
+        self._frozen = Frozen()
+        self._note: Callable[[str], None] = lambda _: None
         self._embedding: Params | None = None  # with the trunk, on the device while a phase recomputes
         self._trunk: list[Params] = []
 
-    def prepare(self, phase: Phase, frozen: Frozen, note: Callable[[str], None]) -> None:
-        """Brings the caches to the phase's trunk, by an advance or a rebuild; uncached, the trunk to the device."""
+    def prepare(self, phase: Phase, frozen: Frozen, index: int, note: Callable[[str], None]) -> None:
+        """Brings the caches to the phase's trunk; uncached, brings the trunk to the device.
+
+        Args:
+          index: number of the batch that comes next, whose window of rows is cached.
+          note: is told how far long work has come, here and whenever the window changes.
+        """
         self._embedding, self._trunk = None, []
+        self._frozen, self._note, self._window = frozen, note, None
         if not phase.cached:
-            self._caches = {}
+            self.clear()
             if phase.reads_activations:
                 assert frozen.embedding is not None
                 self._embedding = to_device(frozen.embedding)
                 self._trunk = [to_device(frozen.stacks[stack]) for stack in phase.trunk]
             return
         if not self._caches:
-            self._caches = {"train": self._make_cache("train"), "held out": self._make_cache("held out")}
-        for name, cache in self._caches.items():
-            self._bring(name, cache, phase.trunk, frozen, note)
+            self._caches = {name: self._make_cache(name) for name in ("train", "held_out")}
+        self._bring("held_out", phase.trunk, range(1))
+        self._enter_window(phase, index)
+
+    def clear(self) -> None:
+        """Forgets the caches, also on disk: nothing will read them again."""
+        for cache in self._caches.values():
+            cache.clear()
+        self._caches = {}
 
     def release(self) -> None:
-        """Gives up the caches and what else is on the device."""
+        """Gives up the caches and what else is on the device; what is on disk stays for the next start."""
         self._caches, self._embedding, self._trunk = {}, None, []
 
     def training_batch(self, phase: Phase, batch: Batch, index: int) -> tuple[Batch, Array | None]:
         """Returns batch number `index` as the step must see it, and the trunk's output for it (None: from tokens)."""
-        if phase.cached:
-            variant = np.mod(batch.visits, self._variants).astype(np.int32)
-            batch = dataclasses.replace(batch, visits=variant)
-            return batch, self._caches["train"].read(batch)
-        return batch, self._recompute(batch)
+        if not phase.cached:
+            return batch, self._recompute(batch)
+        self._enter_window(phase, index)
+        variant = np.mod(batch.visits, self._variants).astype(np.int32)
+        batch = dataclasses.replace(batch, visits=variant)
+        number = index // self._order.batches_per_chunk
+        visits = [self._order.visit(number + ahead) for ahead in (1, 2)]
+        upcoming = [(visit.chunk, visit.times % self._variants) for visit in visits]
+        return batch, self._caches["train"].read(batch, upcoming=upcoming)
 
     def held_out_batches(self, phase: Phase) -> Iterator[tuple[Batch, Array | None]]:
         """The held-out batches with the trunk's output for them."""
         for batch in self.held_out:
-            yield batch, self._caches["held out"].read(batch) if phase.cached else self._recompute(batch)
+            yield batch, self._caches["held_out"].read(batch) if phase.cached else self._recompute(batch)
 
     def _recompute(self, batch: Batch) -> Array | None:
         if self._embedding is None:
@@ -111,53 +185,65 @@ class TrunkInputs:
         return self._forward.trunk_output(self._embedding, self._trunk, batch)
 
     def _make_cache(self, name: str) -> ActivationCache:
-        config = self._program.config
-        rows = len(self.held_out) * config.training.batch_size
+        config, layout = self._program.config, self._order.layout
+        is_train = name == "train"
         return ActivationCache(
-            DeviceStore(),
+            self._make_store(name),
             functools.partial(self._rows, name),
-            n_rows=self._order.layout.n_rows if name == "train" else rows,
-            rows_per_chunk=self._order.layout.rows_per_chunk if name == "train" else rows,
+            rows_per_chunk=layout.rows_per_chunk if is_train else self._held_out_rows,
             batch_size=config.training.batch_size,
-            variants=self._variants if name == "train" else 1,
-            dtype=DTYPES[config.precision.cache],
+            n_chunks=layout.n_chunks if is_train else 1,
+            variants=self._variants if is_train else 1,
+            precision=config.precision.cache,
+            dtype=self._program.dtype,
         )
+
+    @property
+    def _held_out_rows(self) -> int:
+        return len(self.held_out) * self._program.config.training.batch_size
 
     def _rows(self, name: str, row_ids: np.ndarray, variant: int) -> Batch:
         split = self._corpus.train if name == "train" else self._corpus.validation
         return split.batch(row_ids, variant, isolate_documents=self._program.config.data.isolate_documents)
 
-    def _bring(
-        self, name: str, cache: ActivationCache, trunk: tuple[int, ...], frozen: Frozen, note: Callable[[str], None]
-    ) -> None:
-        chain = self.fingerprints(name, trunk, frozen)
-        if cache.fingerprint == chain[-1]:
+    def _enter_window(self, phase: Phase, index: int) -> None:
+        """Brings the window of batch `index` into the training cache, where it is not there yet."""
+        window = self._order.window(index)
+        if window == self._window:
             return
-        start = next((depth for depth in range(len(trunk)) if cache.fingerprint == chain[depth]), None)
-        if start is None:
-            cache.require(chain[-1], on_mismatch=self._program.config.cache.on_mismatch)
-            assert frozen.embedding is not None
-            embedding = to_device(frozen.embedding)
-            for share in cache.fill(lambda batch: self._forward.embed(embedding, batch), chain[0]):
-                note(f"filling the {name} cache {100 * share:.0f}%")
-            start = 0
-        for depth in range(start, len(trunk)):
-            forward = functools.partial(self._forward.forward, to_device(frozen.stacks[trunk[depth]]))
-            for share in cache.advance(forward, chain[depth + 1]):
-                note(f"advancing the {name} cache through stack {trunk[depth]} {100 * share:.0f}%")
+        self._window = None
+        size = self._order.layout.chunks_per_window
+        self._bring("train", phase.trunk, range(window * size, (window + 1) * size))
+        self._window = window
+
+    def _bring(self, name: str, stacks: tuple[int, ...], chunks: range) -> None:
+        on_mismatch = self._program.config.cache.on_mismatch
+        for work, share in self._caches[name].bring(self._trunk_of(name, stacks), chunks, on_mismatch=on_mismatch):
+            self._note(f"{work} the {name} cache, to the output of {len(stacks)} stack(s) {100 * share:.0f}%")
+
+    def _trunk_of(self, name: str, stacks: tuple[int, ...]) -> Trunk:
+        frozen = self._frozen
+
+        def embed() -> Callable[[Batch], Array]:
+            return functools.partial(self._forward.embed, to_device(frozen.embedding))
+
+        def stack(number: int) -> Callable[[Array, Batch], Array]:
+            return functools.partial(self._forward.forward, to_device(frozen.stacks[number]))
+
+        chain = self.fingerprints(name, stacks, frozen)
+        return Trunk(chain, embed, [functools.partial(stack, number) for number in stacks])
 
     def fingerprints(self, name: str, trunk: tuple[int, ...], frozen: Frozen) -> list[str]:
         """f_0 .. f_k of a trunk of k stacks: what a cache at each depth must have been computed from."""
         config, corpus = self._program.config, self._corpus
         split = corpus.train if name == "train" else corpus.validation
+        layout = self._order.layout
         chain = [
             fingerprint.root(
                 {
                     "code": __version__,
                     "corpus": split.digest,
-                    "rows": self._order.layout.n_rows
-                    if name == "train"
-                    else len(self.held_out) * config.training.batch_size,
+                    "rows": [layout.n_rows, layout.rows_per_chunk] if name == "train" else self._held_out_rows,
                     "seq_len": config.data.seq_len,
                     "isolate_documents": config.data.isolate_documents,
                     "tokenizer": corpus.tokenizer.digest,

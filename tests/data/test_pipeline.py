@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_jax.data.corpus import Corpus
-from stackwise_jax.data.pipeline import ChunkLayout, Order, chunk_layout, in_windows, make_batches, validation_batches
+from stackwise_jax.data.order import ChunkLayout, Order, chunk_layout, in_windows
+from stackwise_jax.data.pipeline import make_batches, validation_batches
 from stackwise_jax.data.split import Part, Split
 from stackwise_jax.errors import UserError
 from stackwise_jax.types import Batch

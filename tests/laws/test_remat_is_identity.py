@@ -62,7 +62,7 @@ def test_remat_is_identity(remat: str, arguments: tuple[Params, Any], plain: lis
 def test_remat_is_identity_detects_a_body_that_loses_gradient(
     arguments: tuple[Params, Any], plain: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ):
-    def wrong(body: Any) -> Any:
+    def wrong(body: Any, without_loop: bool) -> Any:
         def lossy(hidden: Any, of_block: Any) -> Any:
             return body(jax.lax.stop_gradient(hidden), of_block)[0], None
 
@@ -77,7 +77,7 @@ def test_remat_is_identity_detects_a_body_that_loses_gradient(
 def test_remat_is_identity_detects_fresh_dropout_in_the_second_pass(
     arguments: tuple[Params, Any], plain: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ):
-    def wrong(body: Any) -> Any:
+    def wrong(body: Any, without_loop: bool) -> Any:
         def other_key(hidden: Any, of_block: Any) -> Any:
             params, key = of_block
             return body(hidden, (params, jax.random.fold_in(key, 1)))
@@ -109,3 +109,21 @@ def test_full_keeps_less_than_dots_than_none(arguments: tuple[Params, Any]):
         return sum(leaf.size for leaf in jax.tree.leaves(pull))
 
     assert stored("full") < stored("dots") < stored("none")
+
+
+def matmuls(remat: str, arguments: tuple[Params, Any]) -> int:
+    """Matmuls of the compiled gradient of a stack without a loop."""
+    context = row_context(MODEL, None, jnp.arange(T, dtype=jnp.int32)[None].repeat(B, 0))
+
+    def loss(params: Params, x: Any) -> Any:
+        return jnp.sum(apply_stack(params, x, context, MODEL, dtype=jnp.float32, remat=remat, unroll=L))
+
+    lowered = jax.jit(jax.grad(loss)).lower(*arguments)
+    return lowered.compile({"xla_backend_optimization_level": 3}).as_text().count(" dot(")
+
+
+def test_remat_survives_the_compiler(arguments: tuple[Params, Any], monkeypatch: pytest.MonkeyPatch):
+    plain, dots, full = (matmuls(remat, arguments) for remat in ("none", "dots", "full"))
+    assert full > dots > plain
+    monkeypatch.setitem(stack_lib.REMAT, "full", lambda body, _: jax.checkpoint(body, prevent_cse=False))
+    assert matmuls("full", arguments) < dots  # the twin: most of the second pass is found in the first, and kept

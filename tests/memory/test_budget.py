@@ -8,7 +8,7 @@ import pytest
 
 from stackwise_jax.config import resolve
 from stackwise_jax.memory import budget
-from stackwise_jax.memory.precision import DTYPES, item_bytes, to_storage
+from stackwise_jax.memory.precision import DTYPES, item_bytes, to_storage, token_bytes
 from stackwise_jax.models import families
 from stackwise_jax.schema import ModelConfig, RunConfig
 
@@ -119,4 +119,5 @@ def test_storage_casts_every_array():
     stored = to_storage({"mlp": {"up": jnp.ones((2, 2))}, "scale": jnp.full(2, 1 + 2**-10)}, "bf16")
     assert stored["mlp"]["up"].dtype == stored["scale"].dtype == jnp.bfloat16
     assert float(stored["scale"][0]) == 1.0  # rounded, as a trunk's numbers are
-    assert {name: item_bytes(name) for name in DTYPES} == {"fp32": 4, "bf16": 2}
+    assert {name: item_bytes(name) for name in DTYPES} == {"fp32": 4, "bf16": 2, "fp8": 1}
+    assert {name: token_bytes(name, 8) for name in DTYPES} == {"fp32": 32, "bf16": 16, "fp8": 12}

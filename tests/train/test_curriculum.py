@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -270,3 +271,25 @@ def test_plans_count_every_pass_that_advances_the_cache(embedding_phase: str):
     config = plan.config
     one_pass = 64 * config.data.seq_len * budget.block_forward_flops(config.model, config.data.seq_len)
     assert sum(plan.pass_flops) == pytest.approx(3 * one_pass)
+
+
+def test_windows_cost_refills_through_the_trunk() -> None:
+    """What windows cost: for each that a phase enters after its first, a run through that phase's trunk."""
+    whole = make_plan(config_of(4, mode="layerwise"), 64)
+    config, row_bytes = whole.config, budget.cache_bytes(whole.config, 1, 1)
+    cache = {"chunk_bytes": row_bytes * config.training.batch_size, "window_gib": 16 * row_bytes / 2**30}
+    windows = make_plan(resolve(dataclasses.asdict(config) | {"cache": cache | {"window_visits": 1}}), 64)
+    assert windows.layout is not None
+    assert (windows.layout.n_windows, windows.layout.rows_per_window) == (4, 16)
+    assert windows.cache_bytes * 4 == whole.cache_bytes
+    first, refills = 0, []
+    for phase in windows.phases:
+        entered = [windows.order.window(index) for index in range(first, first + phase.steps)]
+        refills.append(sum(one != other for one, other in pairwise(entered)) if phase.cached else 0)
+        first += phase.steps
+    assert sum(refills) > 0
+    per_block = 16 * config.data.seq_len * budget.block_forward_flops(config.model, config.data.seq_len)
+    extra = sum(n * len(phase.trunk) * per_block for n, phase in zip(refills, windows.phases, strict=True))
+    assert sum(windows.pass_flops) == pytest.approx(sum(whole.pass_flops) / 4 + extra)
+    assert f"windows  4 of 16 rows, 1 passes each; {sum(refills)} refills" in describe(windows)
+    assert "windows" not in describe(whole)

@@ -1,0 +1,380 @@
+"""How fast a train step is: the very step of end-to-end training, its share of the peak, and PyTorch beside it.
+
+A model of the GPT-2 small shape on random tokens: milliseconds a step (median), tokens/s, model TFLOP/s by the plan's
+count, MFU, memory. Beside it, where PyTorch is installed, the same shape under `torch.compile` of `transformers`.
+--set changes any config field; --variants times changes of interest one after another; --profile says which kernels the
+time goes to:
+python -m stackwise_jax.bench step --family=gpt2 --seq_len=1024 --variants=all
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from stackwise_jax import config as config_lib
+from stackwise_jax.bench import torch_step
+from stackwise_jax.bench.overrides import apply_overrides
+from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.schema import RunConfig
+
+WARMUP_STEPS = 5
+TORCH_SECONDS = 300  # until the process that measures PyTorch is given up
+MATMUL_WIDTH = 8192
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},  # the defaults: RMSNorm, SwiGLU, rotary positions, no biases, an untied head
+    "gpt2": {
+        "norm": "layernorm",
+        "ffn": "gelu",
+        "positions": "learned",
+        "use_bias": True,
+        "ties_embedding": True,
+    },
+}
+VARIANTS = {
+    "loop": ["training.unroll_blocks=1"],
+    "stacks_of_1": ["model.architecture.n_stacks={blocks}", "model.architecture.blocks_per_stack=1"],
+    "loss_1024": ["training.loss_chunk_tokens=1024"],
+    "loss_4096": ["training.loss_chunk_tokens=4096"],
+    "loss_16384": ["training.loss_chunk_tokens=16384"],
+    "attention_xla": ["model.attention_implementation=xla"],
+    "documents": ["data.isolate_documents=True"],
+    "documents_xla": ["data.isolate_documents=True", "model.attention_implementation=xla"],
+    "remat_dots": ["training.remat=dots"],
+    "remat_full": ["training.remat=full"],
+    "dropout": ["model.dropout=0.1"],
+    "no_clip": ["optimizer.clip_norm=0"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+      name: what was measured.
+      step_seconds: median; None where it failed.
+      compile_seconds: until the first step was ready to run.
+      peak_bytes: of device memory: by the compiler's count (ours), by the allocator's (PyTorch's); None: unknown.
+      failed: why there is no figure, one line.
+    """
+
+    name: str
+    step_seconds: float | None = None
+    compile_seconds: float | None = None
+    peak_bytes: int | None = None
+    failed: str | None = None
+
+
+def make_options() -> flags.FlagValues:
+    """The flags of this benchmark."""
+    options = flags.FlagValues()
+    flags.DEFINE_enum("family", "llama", list(FAMILIES), "Kind of block and head.", flag_values=options)
+    flags.DEFINE_integer("blocks", 12, "Blocks of the model.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer("blocks_per_stack", None, "Blocks a stack; all of them by default.", flag_values=options)
+    flags.DEFINE_integer("d_model", 768, "Width; heads of 64.", lower_bound=64, flag_values=options)
+    flags.DEFINE_integer("vocab_size", 16384, "Rows of the token table.", lower_bound=16, flag_values=options)
+    flags.DEFINE_integer("seq_len", 512, "Tokens a row.", lower_bound=2, flag_values=options)
+    flags.DEFINE_integer("batch_size", 32, "Rows a step.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer("steps", 25, "Steps timed, after 5 of warm-up.", lower_bound=1, flag_values=options)
+    flags.DEFINE_enum("precision", "bf16", config_lib.PRECISIONS, "Of arithmetic.", flag_values=options)
+    flags.DEFINE_multi_string("set", [], "A config field: --set=training.remat=dots; repeatable.", flag_values=options)
+    flags.DEFINE_list("variants", [], f"Also: all, or some of {', '.join(VARIANTS)}.", flag_values=options)
+    flags.DEFINE_bool("torch", None, "Also PyTorch; by default where it is installed.", flag_values=options)
+    flags.DEFINE_bool("profile", False, "Also the device's kernels by their time.", flag_values=options)
+    flags.DEFINE_string("json", "", "A file that the figures are written to.", flag_values=options)
+    return options
+
+
+def main(options: Any) -> None:
+    """Measures and prints a table, each row as soon as it is known."""
+    config = make_config(options, [])
+    variants = [(name, make_config(options, VARIANTS[name])) for name in chosen_variants(options.variants)]
+    variants = [(name, variant) for name, variant in variants if variant != config]
+    missing = torch_step.missing_packages()
+    if options.torch and missing:
+        raise UserError(f"--torch needs {' and '.join(missing)}, which are not installed; install them, or --notorch")
+    rows = []
+    if options.torch or (options.torch is None and not missing):  # before JAX takes the device's memory
+        print("measuring PyTorch, about a minute ...", flush=True)
+        rows = torch_rows(config, options)
+    import jax
+
+    from stackwise_jax.models.rack import count_parameters
+    from stackwise_jax.train.metrics import peak_flops
+    from stackwise_jax.train.plan import make_plan
+
+    plan = make_plan(config, None)
+    table = Table(plan.tokens_per_step, plan.step_flops[0], peak_flops(None), matmul_flops())
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {options.family}, {config.model.n_blocks} blocks of "
+        f"width {config.model.d_model}, vocabulary {config.model.vocab_size}, {count_parameters(config.model):,} "
+        f"parameters; {config.training.batch_size} rows of {config.data.seq_len} tokens, "
+        f"{plan.step_flops[0] / 1e12:.4g} TFLOP a step"
+    )
+    if table.matmul:
+        print(f"a bf16 matmul of {MATMUL_WIDTH} cubed: {table.matmul / 1e12:.0f} TFLOP/s")
+    print(table.header(), flush=True)
+    for row in rows:
+        print(table.line(row), flush=True)
+    for name, variant in [("stackwise_jax", config), *variants]:
+        row = measure(name, variant, options.steps)
+        table.ours = table.ours or row.step_seconds
+        print(table.line(row), flush=True)
+        rows.append(row)
+    for row in rows:
+        if row.name.startswith("transformers") and row.step_seconds and table.ours:
+            print(f"stackwise_jax over {row.name}: {row.step_seconds / table.ours:.3f} times the tokens a second")
+    if options.profile:
+        print(profile(config), flush=True)
+    if options.json:
+        write_json(Path(options.json), table, config, rows)
+
+
+def chosen_variants(names: list[str]) -> list[str]:
+    """The variants asked for; UserError for an unknown one."""
+    for name in names:
+        if name not in (*VARIANTS, "all"):
+            known = ", ".join(("all", *VARIANTS))
+            raise UserError(f"--variants={name} must be among: {known}.{did_you_mean(name, VARIANTS)}")
+    return list(VARIANTS) if "all" in names else names
+
+
+def make_config(options: Any, changes: list[str]) -> RunConfig:
+    """The run whose step is measured: one end-to-end phase, rows of one document unless a change says otherwise.
+
+    Raises:
+      UserError: sizes that do not fit.
+    """
+    blocks, width = options.blocks, options.d_model
+    per_stack = options.blocks_per_stack or blocks
+    if width % 64:
+        raise UserError(f"--d_model={width} must be a multiple of 64, the width of a head")
+    if blocks % per_stack:
+        raise UserError(f"--blocks_per_stack={per_stack} must divide --blocks={blocks}")
+    entries = config_lib.default()
+    entries.name = "bench_step"
+    entries.model.update({"d_model": width, "n_heads": width // 64, "vocab_size": options.vocab_size})
+    entries.model.d_ff = 64 * -(-8 * width // 192) if options.family == "llama" else 4 * width
+    entries.model.update(FAMILIES[options.family])
+    entries.model.architecture.update({"n_stacks": blocks // per_stack, "blocks_per_stack": per_stack})
+    entries.data.update({"seq_len": options.seq_len, "isolate_documents": False})
+    entries.training.update({"mode": "end_to_end", "batch_size": options.batch_size, "execution": "fused"})
+    entries.precision.compute = options.precision
+    apply_overrides(entries, [*options.set, *(change.format(blocks=blocks) for change in changes)])
+    if entries.training.mode != "end_to_end":
+        raise UserError(f"--set=training.mode={entries.training.mode}: this benchmark is of end_to_end training")
+    return config_lib.resolve(entries)
+
+
+@dataclasses.dataclass
+class CompiledStep:
+    """A compiled train step with everything that it is called with."""
+
+    compiled: Any
+    state: Any
+    batch: Any
+    compile_seconds: float
+    index: int = 0
+
+    def run(self) -> Any:
+        """One update; returns its metrics, still on their way."""
+        import numpy as np
+
+        arguments = ({"frozen_stacks": []}, self.batch, None, np.float32(1.0), np.int32(self.index))
+        self.state, metrics = self.compiled(self.state, *arguments)
+        self.index += 1
+        return metrics
+
+
+def compile_step(config: RunConfig) -> CompiledStep:
+    """Compiles the train step of a config for random tokens.
+
+    Raises:
+      UserError: an implementation that is named cannot serve.
+      jax.errors.JaxRuntimeError: out of memory.
+    """
+    import jax
+    import numpy as np
+
+    from stackwise_jax.objectives.objective import make_corrupt
+    from stackwise_jax.train.curriculum import make_curriculum, signature
+    from stackwise_jax.train.state import fresh_lasting_parts, fresh_stacks, join_states
+    from stackwise_jax.train.step import Program, make_train_step
+    from stackwise_jax.types import Vocabulary
+
+    vocabulary = Vocabulary(config.model.vocab_size, mask_id=0, special_ids=())
+    program = Program(config, make_corrupt(config.objective, vocabulary, n_rows=config.training.batch_size))
+    phases = make_curriculum(config)
+    sig = signature(phases[0], phases, config)
+    lasting = fresh_lasting_parts(config, program.key, phases[0], sig)
+    state = join_states(lasting, fresh_stacks(config, program.key, phases[0]))
+    batch = jax.device_put(random_batch(config))
+    started = time.perf_counter()
+    train_step: Any = make_train_step(program, sig)
+    lowered = train_step.lower(state, {"frozen_stacks": []}, batch, None, np.float32(1.0), np.int32(0))
+    return CompiledStep(lowered.compile(), state, batch, time.perf_counter() - started)
+
+
+def measure(name: str, config: RunConfig, steps: int) -> Row:
+    """Compiles and times the train step of a config on random tokens.
+
+    Every step is issued before the one ahead of it is waited for, as the loop does, so that the device never idles.
+    """
+    import jax
+    import numpy as np
+
+    try:
+        step = compile_step(config)
+        pending: Any = None
+        ends = []
+        for _ in range(WARMUP_STEPS + steps + 1):
+            metrics = step.run()
+            if pending is not None:
+                jax.block_until_ready(pending)
+                ends.append(time.perf_counter())
+            pending = metrics
+        loss = float(pending["loss"])
+        ends.append(time.perf_counter())
+    except (UserError, jax.errors.JaxRuntimeError) as error:  # out of memory, or a kernel that cannot serve
+        return Row(name, failed=str(error).splitlines()[0])
+    if not np.isfinite(loss):
+        return Row(name, failed=f"loss={loss} after {len(ends)} steps")
+    median = statistics.median(np.diff(ends)[WARMUP_STEPS:].tolist())
+    return Row(name, median, step.compile_seconds, program_bytes(step.compiled))
+
+
+def profile(config: RunConfig) -> str:
+    """The kernels of the train step of a config, as text."""
+    import jax
+
+    from stackwise_jax.bench import kernels
+
+    step = compile_step(config)
+    for _ in range(WARMUP_STEPS):
+        jax.block_until_ready(step.run())
+    return kernels.as_text(kernels.trace_kernels(step.run, step.compiled.as_text()))
+
+
+def random_batch(config: RunConfig) -> Any:
+    """Rows of random tokens: one document each, or about four where documents are kept apart."""
+    import numpy as np
+
+    from stackwise_jax.types import Batch
+
+    B, T = config.training.batch_size, config.data.seq_len
+    draw = np.random.default_rng(0)
+    starts = draw.random((B, T)) < (4 / T if config.data.isolate_documents else 0.0)
+    starts[:, 0] = True
+    places = np.arange(T)[None, :]
+    first = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+    return Batch(
+        tokens=draw.integers(config.model.vocab_size, size=(B, T), dtype=np.int32),
+        segments=np.cumsum(starts, axis=1, dtype=np.int32),
+        positions=(places - first).astype(np.int32),
+        row_ids=np.arange(B, dtype=np.int32),
+        visits=np.zeros(B, np.int32),
+    )
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """Device memory of a compiled step: its arguments, its results and what it needs in between."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+
+
+def matmul_flops(repeats: int = 20) -> float | None:
+    """FLOP/s of a large bf16 matmul on this device: a peak that can be reached; None on a CPU."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() == "cpu":
+        return None
+    x = jax.random.normal(jax.random.key(0), (MATMUL_WIDTH, MATMUL_WIDTH), jnp.bfloat16)
+    multiply = jax.jit(lambda a, b: (a @ b) * (MATMUL_WIDTH**-0.5))
+    y = jax.block_until_ready(multiply(x, x))
+    started = time.perf_counter()
+    for _ in range(repeats):
+        y = multiply(y, x)
+    jax.block_until_ready(y)
+    return 2.0 * MATMUL_WIDTH**3 * repeats / (time.perf_counter() - started)
+
+
+def torch_rows(config: RunConfig, options: Any) -> list[Row]:
+    """PyTorch's rows; a model that does not have our number of parameters counts as failed."""
+    from stackwise_jax.models.rack import count_parameters
+
+    shape = {"family": options.family, "blocks": config.model.n_blocks, "steps": options.steps}
+    shape |= {name: getattr(config.model, name) for name in ("d_model", "n_heads", "d_ff", "vocab_size")}
+    shape |= {"batch_size": config.training.batch_size, "seq_len": config.data.seq_len}
+    rows = []
+    for entry in torch_step.run(shape, timeout_seconds=TORCH_SECONDS):
+        parameters, versions = entry.pop("parameters", None), entry.pop("versions", None)
+        row = Row(**entry)
+        if not row.failed and parameters != count_parameters(config.model):
+            row = Row(row.name, failed=f"it has {parameters:,} parameters and ours {count_parameters(config.model):,}")
+        if versions and not rows:
+            print(versions)
+        rows.append(row)
+    return rows
+
+
+@dataclasses.dataclass
+class Table:
+    """Rows as text; `ours` is the step time that others are shown against, once it is known."""
+
+    tokens: int
+    flops: float
+    peak: float | None
+    matmul: float | None
+    ours: float | None = None
+
+    def header(self) -> str:
+        """The columns' names."""
+        names = ("ms/step", "tokens/s", "TFLOP/s", "MFU %", "of matmul %", "memory", "compile s", "speed")
+        return f"{'':<34}" + "".join(f"{name:>12}" for name in names)
+
+    def line(self, row: Row) -> str:
+        """One row; figures that a device does not give are a dash. Speed: against the first row of ours."""
+        from stackwise_jax.memory.budget import readable_bytes
+
+        if row.step_seconds is None:
+            return f"{row.name:<34}  failed: {row.failed}"
+        seconds, rate = row.step_seconds, self.flops / row.step_seconds
+        cells = [
+            f"{1e3 * seconds:.2f}",
+            f"{self.tokens / seconds:.0f}",
+            f"{rate / 1e12:.2f}",
+            f"{100 * rate / self.peak:.1f}" if self.peak else "-",
+            f"{100 * rate / self.matmul:.1f}" if self.matmul else "-",
+            readable_bytes(row.peak_bytes) if row.peak_bytes else "-",
+            f"{row.compile_seconds:.1f}" if row.compile_seconds is not None else "-",
+            f"{self.ours / seconds:.3f}" if self.ours else "-",
+        ]
+        return f"{row.name:<34}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def write_json(path: Path, table: Table, config: RunConfig, rows: list[Row]) -> None:
+    """Every figure, and what it was measured on."""
+    import jax
+
+    document = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "tokens_per_step": table.tokens,
+        "flops_per_step": table.flops,
+        "peak_flops": table.peak,
+        "matmul_flops": table.matmul,
+        "config": dataclasses.asdict(config),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

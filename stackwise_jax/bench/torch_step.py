@@ -1,0 +1,199 @@
+"""The step of the same shape in PyTorch: `transformers` under `torch.compile`, what `bench step` stands beside.
+
+The parent starts this file as a process of its own, so that the two frameworks never share the device's memory; it
+prints one JSON object a measurement. PyTorch and transformers are no dependencies: they are imported in that process.
+
+What is measured is meant to be hard to beat: fused AdamW, no dropout, and attention through
+`scaled_dot_product_attention(is_causal=True)` itself, because the stock path builds a mask array under
+`torch.compile`, which costs it the flash kernels.
+"""
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+WARMUP_STEPS = 5
+WEIGHTS = ("float32", "bfloat16")  # master weights of float32 under autocast, like ours; everything in bfloat16
+
+
+def missing_packages() -> list[str]:
+    """Which of the packages needed are not installed."""
+    return [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+
+
+def run(
+    shape: dict[str, Any], *, timeout_seconds: int | float, command: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Measures in a process of its own.
+
+    Args:
+      shape: family ("llama" or "gpt2"), blocks, d_model, n_heads, d_ff, vocab_size, seq_len, batch_size, steps.
+      command: what is started, the shape as JSON its last argument; None: this file.
+
+    Returns:
+      for each of `WEIGHTS` a dict with `name`, and either `failed`, one line, or `step_seconds`, `compile_seconds`,
+      `peak_bytes` (None on a CPU), `parameters` and `versions`.
+    """
+    command = [sys.executable, "-m", "stackwise_jax.bench.torch_step"] if command is None else command
+    try:
+        done = subprocess.run(
+            [*command, json.dumps(shape)], capture_output=True, text=True, timeout=timeout_seconds, check=False
+        )
+        output, complaints = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        complaints = f"not done after {timeout_seconds:.0f} s"
+    found = {entry["name"]: entry for entry in map(json.loads, filter(_is_object, output.splitlines()))}
+    names = [row_name(weights) for weights in WEIGHTS]
+    if any(name not in found for name in names):
+        print(complaints[-4000:], file=sys.stderr)
+    failed = {"failed": ([line for line in complaints.splitlines() if line.strip()] or ["it ended without a word"])[-1]}
+    return [found.get(name, {"name": name, **failed}) for name in names]
+
+
+def row_name(weights: str) -> str:
+    """How a measurement is called in the table."""
+    return f"transformers, {weights} weights"
+
+
+def _is_object(line: str) -> bool:
+    return line.startswith('{"name"')
+
+
+def make_model(shape: dict[str, Any]) -> Any:
+    """The model with random weights, its attention causal without a mask array."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    def causal_attention(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
+    ) -> tuple[Any, None]:
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return mixed.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("plain_causal", causal_attention)
+    if shape["family"] == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=shape["vocab_size"],
+            hidden_size=shape["d_model"],
+            intermediate_size=shape["d_ff"],
+            num_hidden_layers=shape["blocks"],
+            num_attention_heads=shape["n_heads"],
+            num_key_value_heads=shape["n_heads"],
+            max_position_embeddings=shape["seq_len"],
+            tie_word_embeddings=False,
+            attention_dropout=0.0,
+            use_cache=False,
+        )
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=shape["vocab_size"],
+            n_positions=shape["seq_len"],
+            n_embd=shape["d_model"],
+            n_layer=shape["blocks"],
+            n_head=shape["n_heads"],
+            n_inner=shape["d_ff"],
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="plain_causal")
+
+
+def make_step(shape: dict[str, Any], weights: str, device: str) -> tuple[Callable[[], Any], int]:
+    """Returns (one update on random tokens, giving the loss; how many parameters it trains)."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    model = make_model(shape).to(device=device, dtype=getattr(torch, weights)).train()
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-4, betas=(0.9, 0.95), fused=True)
+    compiled = torch.compile(model)
+    tokens = torch.randint(shape["vocab_size"], (shape["batch_size"], shape["seq_len"]), device=device)
+
+    def step() -> Any:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=weights == "float32"):
+            loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step, sum(parameter.numel() for parameter in parameters)
+
+
+def step_seconds(step: Callable[[], Any], steps: int, device: str) -> list[float]:
+    """Seconds of each of `steps` updates that follow each other without a wait; on a GPU by its own clock."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    if device != "cuda":
+        ends = [time.perf_counter()]
+        for _ in range(steps):
+            step()
+            ends.append(time.perf_counter())
+        return [end - start for start, end in itertools.pairwise(ends)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
+
+
+def measure(shape: dict[str, Any], weights: str) -> dict[str, Any]:
+    """One measurement, in the form that `run` returns.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    torch.set_float32_matmul_precision("high")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    step, parameters = make_step(shape, weights, device)
+    started = time.perf_counter()
+    step()  # compiles
+    if device == "cuda":
+        torch.cuda.synchronize()
+    compile_seconds = time.perf_counter() - started
+    step_seconds(step, WARMUP_STEPS, device)
+    seconds = step_seconds(step, shape["steps"], device)
+    loss = float(step())
+    if not loss < float("inf"):
+        raise FloatingPointError(f"loss={loss} after {shape['steps']} steps")
+    return {
+        "name": row_name(weights),
+        "step_seconds": sorted(seconds)[len(seconds) // 2],
+        "compile_seconds": compile_seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "parameters": parameters,
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Measures the shape that the last argument describes, with each kind of weights."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    for weights in WEIGHTS:
+        print(json.dumps(measure(json.loads(argv[-1]), weights)), flush=True)
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    main(sys.argv)
