@@ -32,12 +32,14 @@ def main(config: RunConfig) -> None:
     print(f"tokenizer   {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.digest[:16]}")
     for name, split in (("train", corpus.train), ("validation", corpus.validation)):
         print(f"{name:<11} {split.n_rows:,} rows of {corpus.seq_len} ({split.n_rows * corpus.seq_len:,} tokens)")
-        weights = sum(part.weight for part in split.parts)
         for number, part in enumerate(split.parts, start=1):
-            share = f"source {number} ({100 * part.weight / weights:.1f} %): " if len(split.parts) > 1 else ""
+            share = part.weight / sum(other.weight for other in split.parts)
+            source = f"source {number} ({100 * share:.1f} %): " if len(split.parts) > 1 else ""
+            passes = split.n_rows * share / part.n_rows
             print(
-                f"            {share}{part.n_rows:,} rows from {part.n_documents:,} documents, {part.text_bytes:,} "
+                f"            {source}{part.n_rows:,} rows from {part.n_documents:,} document(s), {part.text_bytes:,} "
                 f"bytes of text ({part.text_bytes / part.n_tokens:.2f} bytes a token)"
+                + (f", drawn {passes:.1f} times an epoch" if passes > 1.05 else "")
             )
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from stackwise_jax.data import blocks
 from stackwise_jax.data.blocks import DIGEST_BYTES, BlockWriter, CheckedRows
-from stackwise_jax.data.pipeline import Order, chunk_layout, make_batches
+from stackwise_jax.data.order import Order, chunk_layout
+from stackwise_jax.data.pipeline import make_batches
 from stackwise_jax.data.split import Part, Split
 from stackwise_jax.errors import UserError
 
