@@ -22,10 +22,10 @@ PRECISIONS = ("fp32", "bf16")
 CACHE_PRECISIONS = (*PRECISIONS, "fp8")
 GROWING_MODES = ("layerwise", "blockwise", "stackwise")
 
-# Sections and fields that may differ when a run folder is continued: they change no number that a run computes,
-# or by rounding alone (a prepared corpus is checked by its digest, wherever it lies).
-FREE_FIELDS = ("checkpoint", "logging", "generation", "data.prepared", "data.cache_dir")
-FREE_FIELDS += ("cache.tier", "cache.folder", "cache.on_mismatch", "mesh")
+# Sections and fields that may differ when a run folder is continued: they change no number that a run computes, or by
+# rounding alone (a prepared corpus is checked by its digest, wherever it lies).
+FREE_FIELDS = ("checkpoint", "logging", "generation", "mesh", "data.prepared", "data.cache_dir", "data.tfds_dir")
+FREE_FIELDS += ("cache.tier", "cache.folder", "cache.on_mismatch")
 
 
 def default() -> Any:
@@ -144,6 +144,7 @@ def _settle(config: RunConfig) -> RunConfig:
     )
     _check_model(config)
     _check_training(config)
+    _check_data(config)
     _check_mesh(config)
     return config
 
@@ -271,24 +272,57 @@ def _check_training(config: RunConfig) -> None:
         f"optimizer.warmup_fraction={optimizer.warmup_fraction} and decay_fraction={optimizer.decay_fraction} "
         "must not exceed 1 together",
     )
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    weighted_sources(data.source)
+    if data.validation_source:
+        weighted_sources(data.validation_source, field="data.validation_source")
     _require(
-        bool(config.data.validation_source) or config.data.validation_fraction > 0.0,
+        bool(data.validation_source) or data.validation_fraction > 0.0,
         "data.validation_fraction=0 leaves nothing to evaluate on; set it above 0 or give data.validation_source",
     )
+    _require(
+        data.max_rows is None or data.max_rows < 2**31,
+        f"data.max_rows={data.max_rows} must be below 2**31, which is all rows that can be numbered",
+    )
+
+
+def weighted_sources(mixture: str, *, field: str = "data.source") -> list[tuple[str, float | None]]:
+    """Takes a mixture apart into sources and their weights, all given or all None.
+
+    >>> weighted_sources("books/*.txt@0.3; wiki/*.jsonl.xz@0.7")
+    [('books/*.txt', 0.3), ('wiki/*.jsonl.xz', 0.7)]
+    """
+    sources: list[tuple[str, float | None]] = []
+    for entry in filter(None, map(str.strip, mixture.split(";"))):
+        name, _, last = entry.rpartition("@")
+        try:
+            weight = float(last) if name else None
+        except ValueError:  # the @ is part of a name
+            weight = None
+        if weight is not None:
+            in_range = 1e-6 <= weight <= 1e6
+            _require(in_range, f"{field}={mixture!r} weighs {name!r} by {last}; weights lie between 1e-6 and 1e6")
+        sources.append((entry if weight is None else name.strip(), weight))
+    _require(bool(sources), f'{field}={mixture!r} names no source; give "embedded", files and globs, or tfds:NAME')
+    weights = [weight for _, weight in sources]
+    if None in weights and any(weights):
+        lacking = sources[weights.index(None)][0]
+        raise UserError(f"{field}={mixture!r} gives {lacking!r} no weight but others one; end all in @WEIGHT, or none")
+    return sources
 
 
 def _check_mesh(config: RunConfig) -> None:
     mesh, training = config.mesh, config.training
-    devices, sizes = mesh.n_devices, f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp}"
+    devices, sizes = mesh.n_devices, f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp} must divide"
     rows = training.batch_size // training.accumulation_steps
-    _require(
-        rows % devices == 0,
-        f"{sizes} must divide the {rows} rows of training.batch_size / training.accumulation_steps",
-    )
+    _require(rows % devices == 0, f"{sizes} the {rows} rows of training.batch_size / training.accumulation_steps")
     caches = training.mode != "end_to_end" and training.progressive.cache_activations is not False
     _require(
         not caches or config.data.seq_len % devices == 0,
-        f"{sizes} must divide data.seq_len={config.data.seq_len}, by which the activation cache is divided",
+        f"{sizes} data.seq_len={config.data.seq_len}, by which the activation cache is divided",
     )
     _require(
         config.model.d_model % mesh.fsdp == 0,

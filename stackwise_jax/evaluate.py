@@ -7,7 +7,6 @@ Without --source: the held-out rows that training measured, out of the prepared 
 into rows as in training, by the run's own tokenizer.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,8 +18,9 @@ from absl import flags
 from jaxtyping import Array, Float, Int32
 
 from stackwise_jax.command import required_workdir, run_command
-from stackwise_jax.data.corpus import Split, prepare_corpus
+from stackwise_jax.data.corpus import prepare_corpus
 from stackwise_jax.data.sources import iterate_documents
+from stackwise_jax.data.split import segments_and_positions
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evals.likelihood import RowLosses, held_out_loss
@@ -89,37 +89,31 @@ def source_batches(
     The last batch is filled up with rows of padding, which nothing scores.
     """
     left = None if rows is None else rows * data.seq_len
-    tokens, starts, row = np.zeros(0, np.int32), {0}, 0
-    for document in iterate_documents(source, text_field=data.text_field, max_bytes=None):
-        starts.add(len(tokens))
+    tokens, row = np.zeros(0, np.int32), 0
+    for document in iterate_documents(source, text_field=data.text_field, max_bytes=None, tfds_dir=data.tfds_dir):
         ids = [[tokenizer.bos_id], tokenizer.encode(document), [tokenizer.eos_id]]
         tokens = np.concatenate([tokens, *ids]).astype(np.int32)
         while len(tokens) >= (size := min(batch_size * data.seq_len, left or batch_size * data.seq_len)):
-            yield _packed(tokens[:size], starts, tokenizer.pad_id, data, batch_size, row)
-            tokens, starts, row = tokens[size:], {max(0, start - size) for start in starts}, row + batch_size
+            yield _packed(tokens[:size], tokenizer, data, batch_size, row)
+            tokens, row = tokens[size:], row + batch_size
             left = None if left is None else left - size
             if left == 0:
                 return
     if len(tokens):
-        yield _packed(tokens, starts, tokenizer.pad_id, data, batch_size, row)
+        yield _packed(tokens, tokenizer, data, batch_size, row)
 
 
 def _packed(
-    tokens: Int32[np.ndarray, "n"], starts: set[int], pad_id: int, data: DataConfig, batch_size: int, first_row: int
+    tokens: Int32[np.ndarray, "n"], tokenizer: Tokenizer, data: DataConfig, batch_size: int, first_row: int
 ) -> Batch:
-    """One batch of consecutive `tokens`, in which documents start at `starts`, and padding after them."""
-    filled = np.full(batch_size * data.seq_len, pad_id, np.uint32)
+    """One batch of consecutive `tokens`, and padding after them."""
+    filled = np.full(batch_size * data.seq_len, tokenizer.pad_id, np.int32)
     filled[: len(tokens)] = tokens
-    split = Split(
-        tokens=filled.reshape(batch_size, data.seq_len),
-        documents=np.array([*sorted(start for start in starts if start < len(tokens)), len(tokens)], np.int64),
-        n_rows=batch_size,
-        n_tokens=len(tokens),
-        text_bytes=0,
-        digest="",
-    )
-    batch = split.batch(np.arange(batch_size), 0, isolate_documents=data.isolate_documents)
-    return dataclasses.replace(batch, row_ids=batch.row_ids + np.int32(first_row))
+    rows = filled.reshape(batch_size, data.seq_len)
+    starts = rows == tokenizer.bos_id if data.isolate_documents else None
+    segments, positions = segments_and_positions(rows != tokenizer.pad_id, starts)
+    row_ids = np.arange(first_row, first_row + batch_size, dtype=np.int32)
+    return Batch(rows, segments, positions, row_ids, np.zeros(batch_size, np.int32))
 
 
 def _own_batches(trained: Trained, rows: int | None) -> Iterator[Batch]:

@@ -20,7 +20,12 @@ from stackwise_jax.errors import UserError, did_you_mean, one_line_errors
 from stackwise_jax.schema import RunConfig
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "A config file, FILE.py or FILE.py:ARGUMENT.", lock_config=True)
+with one_line_errors():
+    try:  # it opens every --flagfile at once
+        about = "A config file, FILE.py or FILE.py:ARGUMENT."
+        config_flags.DEFINE_config_file("config", None, about, lock_config=True)
+    except flags.Error as error:
+        raise UserError(f"--flagfile: {error}".replace("ERROR:: ", "")) from None
 flags.DEFINE_string("workdir", None, "The run folder; continued when it exists. Default: runs/NAME of the config.")
 flags.DEFINE_bool("plan", False, "Print what the run will do and cost, then stop.")
 flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON, then stop.")
@@ -112,10 +117,12 @@ def _explain(path: Path, error: Exception) -> str:
     return f"{path}:{frames[-1].lineno}: {text}" if frames else f"{path}: {text}"
 
 
-def help_text(module: object) -> str:
+def help_text(module: Any) -> str:
     """The program's own sentence, its flags, and every config field with its default and meaning."""
     lines = [(inspect.getdoc(module) or "").splitlines()[0], "", "Flags:"]
-    lines += [f"  --{name:<13} {FLAGS[name].help}" for name in ("config", "workdir", "plan", "print_config")]
+    own = [flag.name for flag in FLAGS.get_flags_for_module(module)]
+    names = dict.fromkeys(["config", "workdir", "plan", "print_config", *own])
+    lines += [f"  --{name:<13} {FLAGS[name].help}" for name in names]
     lines += ["", "Config fields (--config.model.d_model=512):", *_fields_help(schema.RunConfig, "")]
     return "\n".join(lines)
 

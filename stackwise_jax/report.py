@@ -23,7 +23,7 @@ from stackwise_jax.memory import processes
 from stackwise_jax.memory.placement import make_placement
 from stackwise_jax.schema import ArchitectureConfig, RunConfig
 from stackwise_jax.train import loop
-from stackwise_jax.train.checkpoint import refuse_foreign
+from stackwise_jax.train.folder import refuse_foreign
 from stackwise_jax.train.plan import make_plan
 from stackwise_jax.train.step import make_program
 

@@ -50,15 +50,16 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it becomes rows."""
 
-    source: str = "embedded"  # embedded (the Python standard library's text) | files and globs, comma-separated
-    validation_source: str = ""  # files and globs; empty: hold out `validation_fraction` of the documents
+    source: str = "embedded"  # embedded | files, globs, tfds:NAME, comma-separated | a mixture: "a.txt@0.3; b.txt@0.7"
+    validation_source: str = ""  # likewise; empty: hold out `validation_fraction` of the documents of each source
     validation_fraction: float = 0.05  # of documents, chosen by a hash of their text
-    text_field: str = "text"  # of .jsonl files
+    text_field: str = "text"  # of .jsonl files and data sets
+    tfds_dir: str = ""  # where prepared TensorFlow Datasets lie; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
     tokenizer: str = ""  # a SentencePiece model file; empty: train one of model.vocab_size pieces on the source
     seq_len: int = 256  # tokens a row
     isolate_documents: bool = True  # attention stays inside a document of a packed row
-    max_bytes: int | None = None  # of text read; None: all
-    max_rows: int | None = None  # rows trained on; None: all
+    max_bytes: int | None = None  # of text read from each source; None: all
+    max_rows: int | None = None  # rows trained on; None: all; sources with weights repeat when it asks for more
     prepared: str = ""  # a folder that `prepare` made; then no source is read; empty: prepare or find it by the source
     cache_dir: str = ""  # prepared corpora and tokenizers; empty: $STACKWISE_CACHE or ~/.cache/stackwise_jax
 
@@ -99,7 +100,7 @@ class TrainingConfig:
     accumulation_steps: int = 1  # micro-batches an update
     remat: str = "none"  # none | dots (keep matmul outputs) | full (keep block inputs only)
     execution: str = "auto"  # auto | fused | chained
-    unroll_blocks: int = 1  # blocks of a live stack compiled one after another; a larger stack is a loop over them
+    unroll_blocks: int = 16  # blocks of a live stack compiled one after another; a larger stack is a loop over them
     loss_chunk_tokens: int = 2048  # tokens whose logits exist at once
     progressive: ProgressiveConfig = ProgressiveConfig()
 

@@ -223,6 +223,7 @@ def test_house_rules_let_pass(checker: Checker, path: str, source: str):
 # --- configs ---
 
 ARGUMENTS = {"configs/gpt2_small.py": ["layerwise", "stackwise", "end_to_end"]}
+ARGUMENTS["configs/comparison.py"] = ["layerwise", "stackwise_2x6_frozen_head", "control_3@2e-3"]
 
 
 @pytest.mark.parametrize("path", CONFIGS)

@@ -83,7 +83,7 @@ def test_progressive_switched_off_is_end_to_end():
         ({"model__norm": "rmsnrom"}, ["model.norm='rmsnrom'", 'Did you mean "rmsnorm"']),
         ({"precision__cache": "fp16"}, ["precision.cache='fp16'", "fp32, bf16"]),
         ({"training__progressive__new_stack_precision": "fp8"}, ["new_stack_precision='fp8'"]),
-        ({"cache__tier": "tape"}, ["cache.tier='tape'", "device"]),
+        ({"cache__tier": "disc"}, ["cache.tier='disc'", '"disk"']),
         ({"model__d_model": 130}, ["model.d_model=130", "n_heads=4"]),
         ({"model__n_kv_heads": 3}, ["model.n_heads=4", "n_kv_heads=3"]),
         ({"model__n_kv_heads": 0}, ["model.n_kv_heads=0", "at least 1"]),
@@ -112,6 +112,12 @@ def test_progressive_switched_off_is_end_to_end():
         ),
         ({"optimizer__warmup_fraction": 0.9}, ["optimizer.warmup_fraction=0.9", "decay_fraction=0.2"]),
         ({"data__validation_fraction": 0.0}, ["data.validation_fraction=0", "validation_source"]),
+        ({"data__max_rows": 2**31}, ["data.max_rows=2147483648", "below 2**31"]),
+        ({"data__source": " ; "}, ["data.source=' ; '", "names no source"]),
+        ({"data__source": "a.txt@0; b.txt@1"}, ["data.source='a.txt@0; b.txt@1'", "'a.txt' by 0", "between"]),
+        ({"data__source": "a.txt@nan"}, ["'a.txt' by nan"]),
+        ({"data__source": "a.txt@0.5; b.txt"}, ["gives 'b.txt' no weight"]),
+        ({"data__validation_source": "a.txt@-1"}, ["data.validation_source='a.txt@-1'"]),
         ({"training__phase_budget": "many"}, ["training.phase_budget='many'", "200 steps"]),
         ({"training__phase_budget": "0 steps"}, ["training.phase_budget='0 steps'", "at least one step"]),
         ({"training__embedding_budget": "5 M tokens"}, ["training.embedding_budget='5 M tokens'"]),
@@ -122,6 +128,21 @@ def test_refusals_name_field_and_value(fields: dict[str, Any], words: list[str])
     message = refusal(**fields)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("mixture", "sources"),
+    [
+        ("embedded", [("embedded", None)]),
+        ("a.txt, b/*.txt", [("a.txt, b/*.txt", None)]),
+        ("me@home.txt", [("me@home.txt", None)]),
+        ("a.txt @ 2", [("a.txt", 2.0)]),
+        ("b/*.txt@0.3; tfds:x/y:2.0.0#train[:9%]@.7;", [("b/*.txt", 0.3), ("tfds:x/y:2.0.0#train[:9%]", 0.7)]),
+        ("a@b.txt; c.txt", [("a@b.txt", None), ("c.txt", None)]),
+    ],
+)
+def test_mixtures_are_taken_apart(mixture: str, sources: list[tuple[str, float | None]]):
+    assert config_lib.weighted_sources(mixture) == sources
 
 
 def test_a_tied_table_may_be_copied_when_the_embedding_freezes():
@@ -243,10 +264,14 @@ def test_differences_name_what_forbids_continuing():
 def test_free_fields_may_differ():
     new = resolve(edited(logging__every_steps=3, generation__samples=2, checkpoint__keep=5))
     assert differences(resolve({}), new) == []
-    new = resolve(edited(data__prepared="elsewhere", data__cache_dir="there"))
+    new = resolve(edited(data__prepared="elsewhere", data__cache_dir="there", data__tfds_dir="anywhere"))
+    assert differences(resolve({}), new) == []
+    new = resolve(edited(cache__tier="disk", cache__folder="fast", cache__on_mismatch="stop"))
     assert differences(resolve({}), new) == []
     new = resolve(edited(mesh__data=4, mesh__fsdp=2))
     assert differences(resolve({}), new) == []
+    free = ("checkpoint", "logging", "generation", "mesh", "data.prepared", "data.cache_dir", "data.tfds_dir")
+    assert {*free, "cache.tier", "cache.folder", "cache.on_mismatch"} == {*config_lib.FREE_FIELDS}
 
 
 def run_main(*argv: str) -> subprocess.CompletedProcess[str]:

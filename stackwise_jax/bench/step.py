@@ -2,7 +2,8 @@
 
 A model of the GPT-2 small shape on random tokens: milliseconds a step (median), tokens/s, model TFLOP/s by the plan's
 count, MFU, memory. Beside it, where PyTorch is installed, the same shape under `torch.compile` of `transformers`.
---set changes any config field; --variants times changes of interest one after another:
+--set changes any config field; --variants times changes of interest one after another; --profile says which kernels the
+time goes to:
 python -m stackwise_jax.bench step --family=gpt2 --seq_len=1024 --variants=all
 """
 
@@ -37,7 +38,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 VARIANTS = {
     "loop": ["training.unroll_blocks=1"],
-    "no_loop": ["training.unroll_blocks=1000"],
     "stacks_of_1": ["model.architecture.n_stacks={blocks}", "model.architecture.blocks_per_stack=1"],
     "loss_1024": ["training.loss_chunk_tokens=1024"],
     "loss_4096": ["training.loss_chunk_tokens=4096"],
@@ -86,6 +86,7 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_multi_string("set", [], "A config field: --set=training.remat=dots; repeatable.", flag_values=options)
     flags.DEFINE_list("variants", [], f"Also: all, or some of {', '.join(VARIANTS)}.", flag_values=options)
     flags.DEFINE_bool("torch", None, "Also PyTorch; by default where it is installed.", flag_values=options)
+    flags.DEFINE_bool("profile", False, "Also the device's kernels by their time.", flag_values=options)
     flags.DEFINE_string("json", "", "A file that the figures are written to.", flag_values=options)
     return options
 
@@ -129,6 +130,8 @@ def main(options: Any) -> None:
     for row in rows:
         if row.name.startswith("transformers") and row.step_seconds and table.ours:
             print(f"stackwise_jax over {row.name}: {row.step_seconds / table.ours:.3f} times the tokens a second")
+    if options.profile:
+        print(profile(config), flush=True)
     if options.json:
         write_json(Path(options.json), table, config, rows)
 
@@ -169,10 +172,32 @@ def make_config(options: Any, changes: list[str]) -> RunConfig:
     return config_lib.resolve(entries)
 
 
-def measure(name: str, config: RunConfig, steps: int) -> Row:
-    """Compiles and times the train step of a config on random tokens.
+@dataclasses.dataclass
+class CompiledStep:
+    """A compiled train step with everything that it is called with."""
 
-    Every step is issued before the one ahead of it is waited for, as the loop does, so that the device never idles.
+    compiled: Any
+    state: Any
+    batch: Any
+    compile_seconds: float
+    index: int = 0
+
+    def run(self) -> Any:
+        """One update; returns its metrics, still on their way."""
+        import numpy as np
+
+        arguments = ({"frozen_stacks": []}, self.batch, None, np.float32(1.0), np.int32(self.index))
+        self.state, metrics = self.compiled(self.state, *arguments)
+        self.index += 1
+        return metrics
+
+
+def compile_step(config: RunConfig) -> CompiledStep:
+    """Compiles the train step of a config for random tokens.
+
+    Raises:
+      UserError: an implementation that is named cannot serve.
+      jax.errors.JaxRuntimeError: out of memory.
     """
     import jax
     import numpy as np
@@ -187,20 +212,29 @@ def measure(name: str, config: RunConfig, steps: int) -> Row:
     program = Program(config, make_corrupt(config.objective, vocabulary, n_rows=config.training.batch_size))
     phases = make_curriculum(config)
     sig = signature(phases[0], phases, config)
+    lasting = fresh_lasting_parts(config, program.key, phases[0], sig)
+    state = join_states(lasting, fresh_stacks(config, program.key, phases[0]))
+    batch = jax.device_put(random_batch(config))
+    started = time.perf_counter()
+    train_step: Any = make_train_step(program, sig)
+    lowered = train_step.lower(state, {"frozen_stacks": []}, batch, None, np.float32(1.0), np.int32(0))
+    return CompiledStep(lowered.compile(), state, batch, time.perf_counter() - started)
+
+
+def measure(name: str, config: RunConfig, steps: int) -> Row:
+    """Compiles and times the train step of a config on random tokens.
+
+    Every step is issued before the one ahead of it is waited for, as the loop does, so that the device never idles.
+    """
+    import jax
+    import numpy as np
+
     try:
-        lasting = fresh_lasting_parts(config, program.key, phases[0], sig)
-        state = join_states(lasting, fresh_stacks(config, program.key, phases[0]))
-        frozen = {"frozen_stacks": []}
-        batch = jax.device_put(random_batch(config))
-        fraction = np.float32(1.0)
-        started = time.perf_counter()
-        train_step: Any = make_train_step(program, sig)
-        compiled = train_step.lower(state, frozen, batch, None, fraction, np.int32(0)).compile()
-        compile_seconds = time.perf_counter() - started
+        step = compile_step(config)
         pending: Any = None
         ends = []
-        for index in range(WARMUP_STEPS + steps + 1):
-            state, metrics = compiled(state, frozen, batch, None, fraction, np.int32(index))
+        for _ in range(WARMUP_STEPS + steps + 1):
+            metrics = step.run()
             if pending is not None:
                 jax.block_until_ready(pending)
                 ends.append(time.perf_counter())
@@ -212,7 +246,19 @@ def measure(name: str, config: RunConfig, steps: int) -> Row:
     if not np.isfinite(loss):
         return Row(name, failed=f"loss={loss} after {len(ends)} steps")
     median = statistics.median(np.diff(ends)[WARMUP_STEPS:].tolist())
-    return Row(name, median, compile_seconds, program_bytes(compiled))
+    return Row(name, median, step.compile_seconds, program_bytes(step.compiled))
+
+
+def profile(config: RunConfig) -> str:
+    """The kernels of the train step of a config, as text."""
+    import jax
+
+    from stackwise_jax.bench import kernels
+
+    step = compile_step(config)
+    for _ in range(WARMUP_STEPS):
+        jax.block_until_ready(step.run())
+    return kernels.as_text(kernels.trace_kernels(step.run, step.compiled.as_text()))
 
 
 def random_batch(config: RunConfig) -> Any:

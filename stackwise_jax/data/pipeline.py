@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from stackwise_jax.data.corpus import Split
 from stackwise_jax.data.order import Order
+from stackwise_jax.data.split import Split
 from stackwise_jax.errors import UserError
 from stackwise_jax.types import Batch
 

@@ -61,7 +61,8 @@ class Tokenizer:
         self.mask_id, self.cls_id, self.sep_id = (self._control_id(piece) for piece in CONTROL_PIECES)
         named = {"pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id}
         named |= dict(zip(CONTROL_PIECES, (self.mask_id, self.cls_id, self.sep_id), strict=True))
-        missing = ", ".join(piece for piece, piece_id in named.items() if piece_id < 0)
+        is_control = self._processor.is_control
+        missing = ", ".join(name for name, piece in named.items() if piece < 0 or not is_control(piece))
         if missing:
             raise UserError(f"{name} lacks {missing} as control pieces; leave data.tokenizer empty to train one")
         self.special_ids = (*named.values(), self.unk_id)

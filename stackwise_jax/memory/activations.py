@@ -79,10 +79,11 @@ class ActivationCache:
         self._trunk: Trunk | None = None  # what reading promises; None while that is not reached
         self._wanted: list[int] = []
 
-    def bring(self, trunk: Trunk, chunks: range, *, on_mismatch: str) -> Iterator[float]:
+    def bring(self, trunk: Trunk, chunks: range, *, on_mismatch: str) -> Iterator[tuple[str, float]]:
         """Makes the chunks of those numbers, in every variant, the output of a trunk, and forgets all others.
 
-        Yields the share done after every chunk; run it to the end. Stopped in between it may be called again.
+        Yields ("filling" or "advancing", share done) after every chunk; run it to the end. Stopped in between it may
+        be called again.
 
         Raises:
           UserError: with on_mismatch "stop", when a chunk was computed from something else.
@@ -105,16 +106,20 @@ class ActivationCache:
             behind = [number for number, depth in depths().items() if depth == lowest]
             for _ in self._raise_by_one(trunk, lowest, behind):
                 done += 1
-                yield min(1.0, done / left)
+                yield "filling" if lowest == _MISSING else "advancing", min(1.0, done / left)
         self._store.flush()
         self._trunk = trunk
 
-    def read(self, batch: Batch, *, upcoming: Sequence[tuple[int, int]] = ()) -> Float[Array, "B T D"]:
-        """Returns the rows of a batch, in its order. All of them lie in one chunk and variant.
+    def expect(self, upcoming: Sequence[tuple[int, int]]) -> None:
+        """Begins to bring (chunk, variant) pairs closer that will be read soon.
 
-        Args:
-          upcoming: (chunk, variant) pairs that will be read next; they are brought closer meanwhile.
+        Call it once the work before has been issued with all its inputs: small copies must not queue behind large ones.
         """
+        for chunk, variant in upcoming:
+            self._store.expect(self._number(chunk, variant))
+
+    def read(self, batch: Batch) -> Float[Array, "B T D"]:
+        """Returns the rows of a batch, in its order. All of them lie in one chunk and variant."""
         if self._trunk is None:
             raise RuntimeError("the cache is empty or on its way to another trunk; it must not be read")
         row_ids = np.asarray(batch.row_ids)
@@ -129,8 +134,6 @@ class ActivationCache:
         while stored is None:  # it was damaged: it alone is computed again
             self._rebuild(number)
             stored = self._store.read(number)
-        for next_chunk, next_variant in upcoming:
-            self._store.expect(self._number(next_chunk, next_variant))
         return _gather(stored, (row_ids % self._rows_per_chunk).astype(np.int32), self._dtype, self._placement)
 
     def clear(self) -> None:
@@ -161,10 +164,11 @@ class ActivationCache:
         forward = trunk.stacks[depth]()
         for number, following in zip(numbers, [*numbers[1:], None], strict=True):
             stored = self._store.take(number)
-            if following is not None:
+            advanced = None if stored is None else self._advanced(number, stored, forward)
+            if following is not None:  # only now: the rows' tokens must not wait behind a chunk
                 self._store.expect(following)
-            if stored is not None:
-                self._store.put(number, trunk.chain[depth + 1], self._advanced(number, stored, forward))
+            if advanced is not None:
+                self._store.put(number, trunk.chain[depth + 1], advanced)
             yield
 
     def _rebuild(self, number: int) -> None:

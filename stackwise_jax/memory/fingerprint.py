@@ -6,20 +6,35 @@ stored. Two caches with the same fingerprint hold the same numbers, whatever ord
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 
-def tree_digest(tree: Any) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of every array, in the order of their names; hexadecimal."""
-    hasher = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(tree).items()):
-        array = np.asarray(leaf)
-        hasher.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        hasher.update(np.ascontiguousarray(array).view(np.uint8).data if array.ndim else array.tobytes())
+def array_digest(name: str, array: Any) -> str:
+    """SHA-256 over an array's name, dtype, shape and bytes in C order; hexadecimal."""
+    array = np.asarray(array)
+    hasher = hashlib.sha256(f"{name} {array.dtype} {array.shape}\n".encode())
+    hasher.update(np.ascontiguousarray(array).view(np.uint8).data if array.ndim else array.tobytes())
     return hasher.hexdigest()
+
+
+def array_digests(tree: Any) -> dict[str, str]:
+    """{name: digest} of every array of a tree: the one time that its bytes are hashed."""
+    return {name: array_digest(name, leaf) for name, leaf in named_leaves(tree).items()}
+
+
+def join_digests(digests: Mapping[str, str]) -> str:
+    """SHA-256 over the lines "name digest" in the order of their names: a tree's digest from those of its arrays."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def tree_digest(tree: Any) -> str:
+    """The digest of a tree: of the names, dtypes, shapes and bytes of every array."""
+    return join_digests(array_digests(tree))
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

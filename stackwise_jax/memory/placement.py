@@ -232,10 +232,14 @@ def start_backend() -> None:
 
 
 def to_host(tree: Any) -> Any:
-    """Copies a tree of arrays to the host, whole in every process; what held it on the devices may be freed."""
+    """Copies a tree of arrays to the host, whole in every process; what held it on the device may be freed or donated.
+
+    The copy has memory of its own: on a CPU `device_get` returns the device's, which the next step may write to.
+    """
     if processes.are_several():
         return jax.tree.map(processes.to_numpy, tree)
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+    must_copy = True if jax.default_backend() == "cpu" else None
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=must_copy), jax.device_get(tree))
 
 
 def to_device(tree: Any) -> Any:

@@ -1,28 +1,33 @@
 """Chunks as files: raw bytes under a SHA-256, read ahead and written behind by threads.
 
-    NNNNNN.chunk    a line with the digest of all that follows, a line of JSON (number, fingerprint, arrays), the bytes
+    NNNNNN.chunk    a line: the digest of the next; a line of JSON: number, fingerprint, arrays, digests; then bytes
 
-A file is written under another name and renamed, so it is the old chunk or the new one. The digest is checked at every
-reading; a file that fails is removed and reported, and its chunk counts as missing.
+The bytes are read, written and digested in pieces, several at a time: one thread digests no faster than a disk reads.
+A file is written under another name and renamed, so it is the old chunk or the new one. Every reading checks every
+digest; a file that fails is removed and reported, and its chunk counts as missing.
 """
 
 import concurrent.futures
 import hashlib
 import json
+import math
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory.budget import readable_bytes
+from stackwise_jax.types import AnyArray
 
 _READ_AHEAD, _WRITE_BEHIND = 2, 2
-_HEADER_LIMIT = 4096
+_PIECE_BYTES = 8 * 2**20
+_PIECES = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), "cache-pieces")
+_HEADER_LIMIT = 2**20
 _SUFFIX = ".chunk"
 
 Arrays = dict[str, np.ndarray]
@@ -85,7 +90,7 @@ class ShardFolder:
             self.remove(number)
             return None
 
-    def write_behind(self, number: int, fingerprint: str, arrays: Mapping[str, Array]) -> None:
+    def write_behind(self, number: int, fingerprint: str, arrays: Mapping[str, AnyArray]) -> None:
         """Begins to write a chunk; waits for an earlier one when too many are under way."""
         self._reading.pop(number, None)
         self._finish_writing(number)
@@ -124,21 +129,25 @@ class ShardFolder:
         return self._folder / f"{number:06d}{_SUFFIX}"
 
 
-def _write(path: Path, number: int, fingerprint: str, arrays: Mapping[str, Array]) -> None:
+def _write(path: Path, number: int, fingerprint: str, arrays: Mapping[str, AnyArray]) -> None:
     """Writes a shard; waits for arrays that are still being computed."""
     host = {name: np.ascontiguousarray(np.asarray(array)) for name, array in sorted(arrays.items())}
     kinds = {name: [array.dtype.name, list(array.shape)] for name, array in host.items()}
-    header = json.dumps({"number": number, "fingerprint": fingerprint, "arrays": kinds}).encode() + b"\n"
-    payload = [array.reshape(-1).view(np.uint8).data for array in host.values()]
-    digest = hashlib.sha256(header)
-    for part in payload:
-        digest.update(part)
+    payload = np.concatenate([array.reshape(-1).view(np.uint8) for array in host.values()])
+    pieces = _pieces(payload)
+    facts = {
+        "number": number,
+        "fingerprint": fingerprint,
+        "arrays": kinds,
+        "digests": list(_PIECES.map(_digest, pieces)),
+    }
+    header = json.dumps(facts).encode() + b"\n"
+    start = _digest(header).encode() + b"\n" + header
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(digest.hexdigest().encode() + b"\n" + header)
-            for part in payload:
-                file.write(part)
+            file.write(start)
+            file.write(payload.data)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -148,35 +157,66 @@ def _write(path: Path, number: int, fingerprint: str, arrays: Mapping[str, Array
 def _read(path: Path, number: int, fingerprint: str) -> Arrays:
     """Reads a shard and checks that it is the one that was written under that number."""
     try:
-        data = np.fromfile(path, np.uint8)
+        with path.open("rb") as file:
+            facts, offset = _header(file.read(_HEADER_LIMIT))
+            if (facts["number"], facts["fingerprint"]) != (number, fingerprint):
+                raise DamagedShardError("it is another chunk's")
+            sizes = {name: _bytes(*kind) for name, kind in facts["arrays"].items()}
+            payload = np.empty(sum(sizes.values()), np.uint8)
+            if os.fstat(file.fileno()).st_size != offset + len(payload):
+                raise DamagedShardError("its size is not what was written")
+            pieces = _pieces(payload)
+            starts = range(offset, offset + len(payload), _PIECE_BYTES)
+            found = _PIECES.map(lambda piece, start: _read_piece(file.fileno(), piece, start), pieces, starts)
+            if list(found) != facts["digests"]:
+                raise DamagedShardError("its digest does not match")
     except OSError as error:
         raise DamagedShardError(error.strerror or str(error)) from None
-    written, body = data[:64].tobytes(), data[65:]
-    if hashlib.sha256(body.data).hexdigest().encode() != written or data[64:65].tobytes() != b"\n":
-        raise DamagedShardError("its digest does not match")
-    header, offset = _header(body[:_HEADER_LIMIT].tobytes())
-    if (header["number"], header["fingerprint"]) != (number, fingerprint):
-        raise DamagedShardError("it is another chunk's")
-    arrays = {}
-    for name, (dtype, shape) in header["arrays"].items():
-        kind = jnp.dtype(dtype)
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays[name] = body[offset : offset + count * kind.itemsize].view(kind).reshape(shape)
-        offset += count * kind.itemsize
-    return arrays
+    ends = np.cumsum(list(sizes.values()))
+    parts = zip(facts["arrays"].items(), ends, sizes.values(), strict=True)
+    return {
+        name: payload[end - size : end].view(jnp.dtype(dtype)).reshape(shape)
+        for (name, (dtype, shape)), end, size in parts
+    }
 
 
 def _peek(path: Path, number: int) -> str | None:
-    """The fingerprint in a shard's header, unchecked; None when it cannot be that of this chunk."""
+    """The fingerprint in a shard's header; None when it cannot be that of this chunk."""
     try:
         with path.open("rb") as file:
-            header = _header(file.read(65 + _HEADER_LIMIT)[65:])[0]
-        return str(header["fingerprint"]) if header["number"] == number else None
-    except (OSError, ValueError, KeyError, TypeError):
+            facts, _ = _header(file.read(_HEADER_LIMIT))
+    except (OSError, DamagedShardError):
         return None
+    return facts["fingerprint"] if facts["number"] == number else None
 
 
 def _header(start: bytes) -> tuple[dict[str, Any], int]:
-    """The header at the start of a shard's body, and where the bytes begin."""
-    line, newline, _ = start.partition(b"\n")
-    return json.loads(line), len(line) + len(newline)
+    """The checked header at the start of a shard, and where its bytes begin."""
+    digest, _, rest = start.partition(b"\n")
+    line, newline, _ = rest.partition(b"\n")
+    if _digest(line + newline).encode() != digest:
+        raise DamagedShardError("its header's digest does not match")
+    return json.loads(line), len(digest) + 1 + len(line) + 1
+
+
+def _pieces(payload: np.ndarray) -> list[memoryview]:
+    return [payload[start : start + _PIECE_BYTES].data for start in range(0, len(payload), _PIECE_BYTES)]
+
+
+def _read_piece(file: int, piece: memoryview, start: int) -> str:
+    """Fills a piece from its place in a file; returns its digest."""
+    done = 0
+    while done < len(piece):
+        count = os.preadv(file, [piece[done:]], start + done)
+        if count == 0:
+            raise DamagedShardError("it ends too early")
+        done += count
+    return _digest(piece)
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _bytes(dtype: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * jnp.dtype(dtype).itemsize

@@ -65,9 +65,10 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         B, T, _ = x.shape
         model = self.model
-        queries = self.query(x).reshape(B, T, model.n_heads, model.d_head)
-        keys = self.key(x).reshape(B, T, model.n_kv_heads, model.d_head)
-        values = self.value(x).reshape(B, T, model.n_kv_heads, model.d_head)
+        rows = x.reshape(B * T, -1)  # once, so that the backward pass keeps it once
+        queries = self.query(rows).reshape(B, T, model.n_heads, model.d_head)
+        keys = self.key(rows).reshape(B, T, model.n_kv_heads, model.d_head)
+        values = self.value(rows).reshape(B, T, model.n_kv_heads, model.d_head)
         if model.positions == "rotary":
             queries = apply_rope(queries, context.positions, model.rope_theta)
             keys = apply_rope(keys, context.positions, model.rope_theta)
@@ -75,7 +76,7 @@ class Attention(nn.Module):
             stored = stored.write(keys, values, context.write_at)
             keys, values = stored.keys.astype(self.dtype), stored.values.astype(self.dtype)
         mixed = attention(queries, keys, values, context.mask, implementation=model.attention_implementation)
-        return self.output(mixed.reshape(B, T, -1)), stored
+        return self.output(mixed.reshape(B * T, -1)).reshape(x.shape), stored
 
 
 class Block(nn.Module):

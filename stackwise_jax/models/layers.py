@@ -1,18 +1,16 @@
 """The leaves: linear map, norm, feed-forward, dropout. They read weights; `weights.py` says what those are."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from stackwise_jax.ops.activation import activate
 from stackwise_jax.ops.matmul import matmul
+from stackwise_jax.ops.norm import normalise
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key
-
-ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 
 
 class Linear(nn.Module):
@@ -37,14 +35,7 @@ class Norm(nn.Module):
 
 def apply_norm(scale: Array, bias: Array | None, x: Float[Array, "*B D"], model: ModelConfig) -> Float[Array, "*B D"]:
     """Normalises the last axis; `bias` is None for RMSNorm."""
-    wide = x.astype(jnp.float32)
-    if model.norm == "layernorm":
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(variance + model.norm_epsilon) * _as_row(scale.astype(jnp.float32), x)
-    if bias is not None:
-        wide = wide + _as_row(bias.astype(jnp.float32), x)
-    return wide.astype(x.dtype)
+    return normalise(x, scale, bias, subtracts_mean=model.norm == "layernorm", epsilon=model.norm_epsilon)
 
 
 def _as_row(vector: Array, like: Array) -> Array:
@@ -64,10 +55,12 @@ class FeedForward(nn.Module):
             self.gate = Linear(self.dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        activation: Any = ACTIVATIONS[self.model.ffn]
+        rows = x.reshape(-1, x.shape[-1])  # once, so that the backward pass keeps it once
         if self.model.ffn == "gelu":
-            return self.down(activation(self.up(x)))
-        return self.down(activation(self.gate(x)) * self.up(x))
+            hidden = activate(self.up(rows), None, self.model.ffn)
+        else:
+            hidden = activate(self.gate(rows), self.up(rows), self.model.ffn)
+        return self.down(hidden).reshape(x.shape)
 
 
 def dropout(x: Float[Array, "B T D"], rate: float, key: Key | None) -> Float[Array, "B T D"]:

@@ -4,6 +4,7 @@ Per phase: bring the caches to the phase's trunk, add its live stacks, train, ev
 that was stopped continues from its newest snapshot with the same numbers as if it had not been.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -12,36 +13,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
 from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.data.pipeline import make_batches
-from stackwise_jax.errors import UserError
+from stackwise_jax.errors import StoppedError, UserError, is_out_of_memory
 from stackwise_jax.memory import processes
-from stackwise_jax.memory.fingerprint import tree_digest
 from stackwise_jax.memory.placement import to_host
 from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train import checkpoint
 from stackwise_jax.train.chained import make_chained_step
-from stackwise_jax.train.checkpoint import open_folder
+from stackwise_jax.train.checkpoint import write_text
 from stackwise_jax.train.curriculum import Phase, Role, Signature
+from stackwise_jax.train.folder import Part, make_part, step_name
+from stackwise_jax.train.health import TRY, explain_memory, read_metrics, require_finite
 from stackwise_jax.train.metrics import MetricsWriter, Progress, peak_flops, readable_time
 from stackwise_jax.train.optimizer import schedule_fraction
 from stackwise_jax.train.plan import Plan, describe, make_plan
-from stackwise_jax.train.state import (
-    Frozen,
-    TrainState,
-    fresh_lasting_parts,
-    fresh_stacks,
-    join_states,
-    snapshot_shape,
-    untie_head,
-)
+from stackwise_jax.train.signals import StopSignals
+from stackwise_jax.train.state import Frozen, TrainState, fresh_lasting_parts, fresh_stacks, join_states, untie_head
 from stackwise_jax.train.step import make_evaluation, make_program, make_train_step
-from stackwise_jax.train.trunk import TrunkInputs, store_maker
+from stackwise_jax.train.trunk import TrunkInputs, cache_tier, make_cache_store, shard_folder
+from stackwise_jax.train.watched import open_folder
 from stackwise_jax.types import Params
 
 MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
@@ -92,50 +86,95 @@ class Run:
         self.plan = make_plan(config, corpus.train.n_rows)
         order = self.plan.order
         self.program = make_program(config, corpus.tokenizer, n_rows=order.layout.n_rows)
-        make_store = store_maker(self.plan, workdir, lambda line: self.progress.say(line))
+        self.progress = Progress(
+            total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops, config.mesh.n_devices)
+        )
+        shards = shard_folder(config, workdir)
+        self._tier = cache_tier(self.plan, shards)
+        make_store = functools.partial(make_cache_store, self.plan, self._tier, shards, self._warn)
         self.inputs = TrunkInputs(self.program, corpus, order, make_store)
-        self.folder = open_folder(workdir, config)  # only after everything that may refuse the run
-        self.folder.require_corpus(corpus.digest)
+        self.folder = open_folder(workdir, config, say=self._warn)  # only after everything that may refuse the run
         self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
         self.state = TrainState({}, {})
         self._steps: dict[Signature, Any] = {}
         self._evaluations: dict[Signature, Any] = {}
-        workdir = processes.own_folder(workdir)
-        (workdir / "tokenizer.model").write_bytes(corpus.tokenizer.model)
-        text = describe(self.plan)
-        checkpoint.write_text(workdir / "plan.txt", text + "\n")
-        say(text)
-        self._begin(say)
+        self._signals = StopSignals()
+        self._clock = _Clock(0)
+        self._pending: tuple[int, dict[str, Array]] | None = None  # metrics of the last step, not read yet
+        self._unsaved: list[Part] = []  # frozen parts that the next snapshot brings to the disk
+        try:
+            self._begin(say)
+        except BaseException:
+            self.folder.close()  # a notebook may try again
+            raise
         isolate = config.data.isolate_documents  # every update draws one batch, so its number is the step's
         self.batches = iter(make_batches(corpus.train, order, isolate_documents=isolate, start=self.position.step))
-        self.writer = MetricsWriter(workdir, resume_step=self.position.step)
-        self.progress = Progress(
-            total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops, config.mesh.n_devices)
-        )
+        self.writer = MetricsWriter(processes.own_folder(workdir), resume_step=self.position.step)
         self.progress.count(self.position.done_flops)
         self._saved_at = time.monotonic()
 
     def to_end(self) -> Result:
-        """Trains every phase that is left."""
-        try:
-            while self.position.phase < len(self.plan.phases):
-                self._run_phase(self.plan.phases[self.position.phase], self.plan.signatures[self.position.phase])
-            self.inputs.clear()
-        finally:
-            self.writer.close()
-            self.inputs.release()
-            self.folder.unlock()
+        """Trains every phase that is left.
+
+        Raises:
+          StoppedError: a signal came; everything is saved, and the same run continues where it stopped.
+          UserError: a number that is none, a disk that is full, a device without memory.
+        """
+        with self._signals:
+            try:
+                while self.position.phase < len(self.plan.phases):
+                    self._run_phase(self.plan.phases[self.position.phase], self.plan.signatures[self.position.phase])
+                self.folder.flush()
+                self.inputs.clear()
+            except StoppedError as stop:
+                raise StoppedError(self._leave(str(stop))) from None
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    index = min(self.position.phase, len(self.plan.phases) - 1)
+                    raise UserError(explain_memory(self.plan, index, error)) from None
+                raise
+            finally:
+                self.folder.close()
+                self.writer.close()
+                self.inputs.release()
         frozen = self.frozen
         stacks = [frozen.stacks[stack] for stack in sorted(frozen.stacks)]
         rack = {"embedding": frozen.embedding, "stacks": stacks, "head": frozen.head}
         return Result(self.plan, rack, self.position.held_out)
+
+    def _warn(self, text: str) -> None:
+        self.progress.say(f"warning: {text}")
+
+    def _note(self, text: str) -> None:
+        """Shows passing work, called often inside it: where a signal is answered."""
+        self._signals.poll()
+        self.progress.note(text)
+
+    def _leave(self, signal: str) -> str:
+        """Saves what has been done since the last snapshot; says where the run stands."""
+        self.folder.flush()
+        position = self.position
+        if position.phase_step and self.folder.newest != step_name(position.step, position.phase):
+            self._read_pending(self.plan.phases[position.phase])
+            require_finite(self.state, self._where())
+            self._save(required=True)
+            self.folder.flush()
+        return f"stopped by {signal}: {self.folder.path} stands after {self._where()}; the same command continues"
+
+    def _where(self) -> str:
+        phases, position = self.plan.phases, self.position
+        if position.phase == len(phases):
+            return f"{position.step} steps, at the end"
+        return f"{position.step} steps, at step {position.phase_step} of phase {phases[position.phase].name}"
 
     # One phase.
 
     def _run_phase(self, phase: Phase, signature: Signature) -> None:
         if "stacks" not in self.state.params and phase.live_stacks:
             self.state = join_states(self.state, fresh_stacks(self.config, self.program.key, phase))
-        self.inputs.prepare(phase, self.frozen, self.position.step, self.progress.note)
+        if self._tier == "disk":
+            self.folder.flush()  # a cache that outlives this process must not get ahead of what the folder holds
+        self.inputs.prepare(phase, self.frozen, self.position.step, self._note)
         started = time.perf_counter()
         frozen = self.frozen_parts(phase, signature)
         self._train(phase, signature, frozen)
@@ -144,62 +183,75 @@ class Run:
         self.writer.write("held_out", self.position.step, {"phase": phase.name, **result})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
         self.progress.say(f"{phase.name}: held-out {figures} ({readable_time(time.perf_counter() - started)})")
+        require_finite(self.state, self._where())
         self._settle(phase)
         self.position.done_flops += self.plan.pass_flops[self.position.phase]
         self.progress.count(self.plan.pass_flops[self.position.phase])
         self.position.phase, self.position.phase_step = self.position.phase + 1, 0
-        self._save()
+        self._save(required=True)
 
     def _train(self, phase: Phase, signature: Signature, frozen: Params) -> None:
-        config, position = self.config, self.position
         if signature not in self._steps:
             self._steps[signature] = MAKE_STEP[signature.execution](self.program, signature)
-        step_function = self._steps[signature]
-        pending: tuple[int, dict[str, Array]] | None = None
-        clock = _Clock(position.phase_step)
-        while position.phase_step < phase.steps:
-            waited = time.perf_counter()
-            batch = next(self.batches)
-            clock.data_seconds += time.perf_counter() - waited
-            batch, activations = self.inputs.training_batch(phase, batch, position.step)
-            fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
-            self.state, metrics = step_function(
-                self.state,
-                frozen,
-                batch,
-                activations,
-                np.asarray(fraction, np.float32),
-                np.asarray(position.step, np.int32),
-            )
-            position.step += 1
-            position.phase_step += 1
-            position.done_flops += self.plan.step_flops[position.phase]
-            if pending is not None:  # the step before is done or nearly so: reading it now never idles the device
-                self._log_when_due(phase, pending, clock)
-            pending = (position.phase_step, metrics)
-            if clock.is_first:  # it may have compiled, which is no measure of speed
-                _read(pending)
-                clock.restart(position.phase_step)
-                self.progress.start_clock(self.plan.step_flops[position.phase])
-            evaluates, saves = self._is_due(config.evaluation.every_steps, phase), self._snapshot_is_due(phase)
-            if evaluates or saves:
-                self._log_when_due(phase, pending, clock)  # waits for the step, so that its time is counted as its own
-                pending = None
-                with self.progress.untimed():
-                    if evaluates:
-                        values = self._evaluate(phase, signature, frozen)
-                        self.writer.write("held_out", position.step, {"phase": phase.name, **values})
-                    if saves:  # after everything that a continued run does not come by again
-                        self._save()
-        if pending is not None:
-            self._log(phase, pending[0], _read(pending), clock)
+        self._clock = _Clock(self.position.phase_step)
+        self._pause(phase, signature, frozen)  # a signal may have come in the middle of the last step's evaluation
+        while self.position.phase_step < phase.steps:
+            self._step(self._steps[signature], phase, frozen)
+            self._pause(phase, signature, frozen)
+        self._read_pending(phase)
 
-    def _log_when_due(self, phase: Phase, pending: tuple[int, dict[str, Array]], clock: "_Clock") -> None:
-        values = _read(pending)
-        if pending[0] % self.config.logging.every_steps == 0:
-            self._log(phase, pending[0], values, clock)
+    def _step(self, step_function: Any, phase: Phase, frozen: Params) -> None:
+        config, position = self.config, self.position
+        waited = time.perf_counter()
+        batch = next(self.batches)
+        self._clock.data_seconds += time.perf_counter() - waited
+        batch, activations = self.inputs.training_batch(phase, batch, position.step)
+        fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
+        self.state, metrics = step_function(
+            self.state,
+            frozen,
+            batch,
+            activations,
+            np.asarray(fraction, np.float32),
+            np.asarray(position.step, np.int32),
+        )
+        self.inputs.look_ahead(phase, position.step)
+        position.step += 1
+        position.phase_step += 1
+        position.done_flops += self.plan.step_flops[position.phase]
+        self._read_pending(phase)  # the step before is done or nearly so: reading it now never idles the device
+        self._pending = (position.phase_step, metrics)
+        if self._clock.is_first:  # it may have compiled, which is no measure of speed
+            read_metrics(*self._pending)
+            self._clock.restart(position.phase_step)
+            self.progress.start_clock(self.plan.step_flops[position.phase])
 
-    def _log(self, phase: Phase, done: int, values: dict[str, float], clock: "_Clock") -> None:
+    def _pause(self, phase: Phase, signature: Signature, frozen: Params) -> None:
+        """Between two steps: evaluates and saves where it is time for it, and answers a signal."""
+        self.folder.check()
+        evaluates, saves = self._is_due(self.config.evaluation.every_steps, phase), self._snapshot_is_due(phase)
+        if evaluates or saves:
+            self._read_pending(phase)  # waits for the step, so that its time is counted as its own
+            with self.progress.untimed():
+                if evaluates:
+                    values = self._evaluate(phase, signature, frozen)
+                    self.writer.write("held_out", self.position.step, {"phase": phase.name, **values})
+                if saves:  # after everything that a continued run does not come by again
+                    require_finite(self.state, self._where())
+                    self._save(required=False)
+        self._signals.poll(together=self._is_due(self.config.logging.every_steps, phase))
+
+    def _read_pending(self, phase: Phase) -> None:
+        """Reads the metrics of the last step, and logs them where it is time for it."""
+        if self._pending is None:
+            return
+        (done, _), values = self._pending, read_metrics(*self._pending)
+        self._pending = None
+        if done % self.config.logging.every_steps == 0 or done == phase.steps:
+            self._log(phase, done, values)
+
+    def _log(self, phase: Phase, done: int, values: dict[str, float]) -> None:
+        clock = self._clock
         step = self.position.step - self.position.phase_step + done
         steps, flops = done - clock.logged, self.plan.step_flops[self.position.phase]
         rates: dict[str, float] = {}
@@ -214,12 +266,14 @@ class Run:
         if signature not in self._evaluations:
             self._evaluations[signature] = make_evaluation(self.program, signature)
         evaluate = self._evaluations[signature]
-        sums = [
-            evaluate(self.state.params, frozen, batch, activations)
-            for batch, activations in self.inputs.held_out_batches(phase)
-        ]
+        sums = []
+        for batch, activations in self.inputs.held_out_batches(phase):
+            self._signals.poll()
+            sums.append(evaluate(self.state.params, frozen, batch, activations))
         total, weight = (float(sum(column)) for column in zip(*sums, strict=True))
         result = {"loss": total / max(weight, 1.0)}
+        if not math.isfinite(total):
+            raise UserError(f"held-out loss={total} in phase {phase.name} after {self.position.step} steps; {TRY}")
         if self.config.objective.name == "clm":
             result["bits_per_byte"] = total / math.log(2) / max(self._held_out_bytes, 1)
         return result
@@ -261,21 +315,24 @@ class Run:
 
     def _write_tap(self, stack: int, head: Params) -> str:
         """The head as it is after a stack, so that the rack can be read at that depth."""
-        head = to_host(head)
-        return self.folder.write_part(f"tap-{stack:04d}", head, tree_digest(head))
+        part = make_part(f"tap-{stack:04d}", to_host(head))
+        self._unsaved.append(part)
+        return part.reference
 
     def _freeze(self, kind: str, name: str, item: str, tree: Params) -> None:
-        tree = to_host(tree)
-        digest = tree_digest(tree)
-        self.references[kind][name] = self.folder.write_part(item, tree, digest)
-        self.frozen.keep(kind, name, tree, digest)
+        part = make_part(item, to_host(tree))
+        self._unsaved.append(part)
+        self.references[kind][name] = part.reference
+        self.frozen.keep(kind, name, part.tree, part.digest)
 
     def _is_due(self, every: int | None, phase: Phase) -> bool:
         """Every so many steps inside a phase; its last step is the boundary's business."""
         step = self.position.phase_step
-        return every is not None and step % every == 0 and step < phase.steps
+        return every is not None and step % every == 0 and 0 < step < phase.steps
 
     def _snapshot_is_due(self, phase: Phase) -> bool:
+        if self.folder.newest == step_name(self.position.step, self.position.phase):
+            return False  # just restored
         late = time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
         if processes.are_several():  # their clocks differ; asking the first one waits for the step, so it is seldom
             late = self._is_due(self.config.logging.every_steps, phase) and processes.agreed(late)
@@ -283,44 +340,43 @@ class Run:
             late and self.position.phase_step < phase.steps
         )
 
-    def _save(self) -> None:
-        position = dataclasses.asdict(self.position)
-        meta = {"position": position, "parts": self.references}
-        keep = self.config.checkpoint.keep
-        self.folder.write_step(self.position.phase, self.position.step, to_host(self.state), meta, keep=keep)
+    def _save(self, *, required: bool) -> None:
+        """Takes a copy of the state and has it written while training goes on."""
+        position, references = copy.deepcopy((dataclasses.asdict(self.position), self.references))
+        self.folder.save(
+            self.position.step,
+            self.position.phase,
+            to_host(self.state),
+            {"position": position, "parts": references},
+            self._unsaved,
+            keep=self.config.checkpoint.keep,
+            required=required,
+        )
+        self._unsaved = []
         self._saved_at = time.monotonic()
 
     def _begin(self, say: Callable[[str], None]) -> None:
-        """Starts from the newest snapshot, or from the seed where there is none."""
-        config, key = self.config, self.program.key
-        folder = checkpoint.latest_step(self.folder.path)
-        if folder is None:
-            self.state = fresh_lasting_parts(config, key, self.plan.phases[0], self.plan.signatures[0])
+        """Starts from the newest sound snapshot, or from the seed where there is none."""
+        tokenizer = self.corpus.tokenizer
+        text = describe(self.plan)
+
+        def note() -> None:
+            self.folder.require_text(self.corpus.digest, tokenizer.model, tokenizer.digest)
+            write_text(self.folder.path / "plan.txt", text + "\n")
+
+        processes.first_alone(note)
+        say(text)
+        snapshot = self.folder.restore()
+        if snapshot is None:
+            phase, signature = self.plan.phases[0], self.plan.signatures[0]
+            self.state = fresh_lasting_parts(self.config, self.program.key, phase, signature)
             return
-        meta = checkpoint.read_meta(folder)
-        self.position, self.references = Position(**meta["position"]), meta["parts"]
-        self.frozen = checkpoint.read_frozen(self.folder.path, config, self.references)
-        phase = self.position.phase
-        at = "the end"
-        if phase < len(self.plan.phases):
-            inside = self.position.phase_step > 0
-            shape = snapshot_shape(config, key, self.plan.phases[phase], self.plan.signatures[phase], inside=inside)
-            self.state = self.program.placement.to_weights(checkpoint.read_tree(folder, shape))
-            at = f"step {self.position.phase_step} of phase {self.plan.phases[phase].name}"
-        say(f"continuing {self.folder.path} after {self.position.step} steps, at {at}")
+        self.position, self.references = Position(**snapshot.meta["position"]), snapshot.meta["parts"]
+        self.frozen = snapshot.frozen
+        if snapshot.state is not None:
+            self.state = self.program.placement.to_weights(snapshot.state)
+        say(f"continuing {self.folder.path} after {self._where()}")
 
 
 def _no_references() -> dict[str, dict[str, str]]:
     return {"embedding": {}, "stacks": {}, "head": {}, "taps": {}}
-
-
-def _read(pending: tuple[int, dict[str, Array]]) -> dict[str, float]:
-    """Fetches the metrics of a step; stops the run before numbers that are not numbers are stored."""
-    values = {name: float(value) for name, value in jax.device_get(pending[1]).items()}
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-        raise UserError(
-            f"loss={values['loss']} and gradient norm={values['gradient_norm']} at phase step {pending[0]}; the run "
-            "folder keeps the last good snapshot: lower optimizer.learning_rate, raise optimizer.warmup_fraction or "
-            "compute in fp32, in a new --workdir"
-        )
-    return values

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from stackwise_jax.errors import warn
 from stackwise_jax.memory.budget import readable_bytes, readable_count
 from stackwise_jax.train.checkpoint import write_text
 
@@ -52,38 +53,74 @@ class MetricsWriter:
     """Appends to `metrics.jsonl`; every object has a `step` and a `kind`."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Opens the file and drops what a continued run is about to write again: lines after `resume_step`."""
+        """Opens the file and drops what a continued run is about to write again: lines after `resume_step`.
+
+        Of that step itself a run may evaluate once more, with the same result; it is not written twice.
+        """
         self._path = folder / "metrics.jsonl"
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         kept = [line for line in text.splitlines(keepends=True) if _step_of(line) <= resume_step]
         write_text(self._path, "".join(kept))
         self._resume_step = resume_step
-        self._file = self._path.open("a", encoding="utf-8")
+        self._known = [_key_of(json.loads(line)) for line in kept if _step_of(line) == resume_step]
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten = b""
         self._board_folder = folder / "tensorboard"
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Writes one object; numbers also go to TensorBoard as `kind/name`."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        """Writes one object; numbers also go to TensorBoard as `kind/name`. A full disk gets it when it has room."""
+        entry = {"kind": kind, "step": step, **values}
+        if step == self._resume_step and _key_of(entry) in self._known:
+            return
+        self._unwritten += json.dumps(entry).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        try:
+            if self._board is not None:
+                self._board.write(step, {f"{kind}/{name}": value for name, value in numbers.items()})
+        except OSError as error:
+            warn(f"TensorBoard files end at step {step}: {error.strerror or error}; metrics.jsonl goes on")
+            self._board = None
 
     def close(self) -> None:
         """Closes every file; nothing may be written after it."""
         self._file.close()
-        if "_board" in vars(self) and self._board is not None:
-            self._board.close()
 
     @functools.cached_property
-    def _board(self) -> Any:
+    def _board(self) -> "_Board | None":
         """The TensorBoard writer, made with the first value; None where the extra is not installed."""
         try:
-            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+            return _Board(self._board_folder, self._resume_step + 1)
         except ImportError:
             return None
-        return SummaryWriter(str(self._board_folder), purge_step=self._resume_step + 1)
+
+
+class _Board:
+    """TensorBoard event files, written at once: the library's own thread would die of a full disk and block the run."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Opens a file that hides what earlier files say from `first_step` on."""
+        from tensorboardX import event_file_writer, summary  # pyright: ignore[reportMissingImports]
+        from tensorboardX.proto import event_pb2  # pyright: ignore[reportMissingImports]
+
+        folder.mkdir(exist_ok=True)
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        self._scalar = summary.scalar
+        self._pb2: Any = event_pb2
+        log = self._pb2.SessionLog(status=self._pb2.SessionLog.START)
+        self._writer.write_event(self._pb2.Event(step=first_step, session_log=log))
+
+    def write(self, step: int, values: dict[str, int | float]) -> None:
+        now = time.time()
+        for name, value in values.items():
+            summary = self._scalar(name, value)
+            self._writer.write_event(self._pb2.Event(wall_time=now, step=step, summary=summary))
+        self._writer.flush()
+
+
+def _key_of(entry: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return entry.get("kind"), entry["step"], entry.get("phase")
 
 
 def _step_of(line: str) -> float:

@@ -239,10 +239,9 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
     ) -> tuple[TrainState, dict[str, Array]]:
         grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
         weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing has no gradient, not an undefined one
-        grads = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), grads)
-        norm = optax.tree.norm(grads)
-        scale = optimizer.clip_scale(norm, config.clip_norm)
-        grads = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), grads)
+        norm = optax.tree.norm(grads) / weight
+        factor = optimizer.clip_scale(norm, config.clip_norm) / weight
+        grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
         params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fraction)
         state = program.placement.as_weights(TrainState(params, states))
         return state, {"loss": total / weight, "gradient_norm": norm, "weight": weight}

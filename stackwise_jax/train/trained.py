@@ -5,14 +5,14 @@ from pathlib import Path
 
 import jax
 
-from stackwise_jax import config as config_lib
 from stackwise_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory.placement import to_device
 from stackwise_jax.schema import ModelConfig, RunConfig
-from stackwise_jax.train import checkpoint
-from stackwise_jax.train.curriculum import make_curriculum, signature
-from stackwise_jax.train.state import part_shape, snapshot_shape
+from stackwise_jax.train.checkpoint import read_tree
+from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.folder import Snapshot, newest_snapshot
+from stackwise_jax.train.state import part_shape
 from stackwise_jax.types import Params
 
 
@@ -47,35 +47,35 @@ def load_trained(workdir: Path | str, *, n_stacks: int | None = None) -> Trained
       n_stacks: read only that many stacks from the left, through the head as it was when the last of them was trained.
 
     Raises:
-      UserError: not a run folder, nothing saved yet, a damaged checkpoint, or a depth that has no head of its own.
+      UserError: not a run folder, nothing saved yet, no sound snapshot, a damaged tokenizer or head, or a depth that
+        has no head of its own. A damaged snapshot before a sound one is a warning.
     """
     workdir = Path(workdir)
-    config = config_lib.from_json(workdir / "config.json")
-    folder = checkpoint.latest_step(workdir)
-    if folder is None:
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} is not a run folder: config.json is missing")
+    snapshot, _ = newest_snapshot(workdir)
+    if snapshot is None:
         raise UserError(f"{workdir} holds no checkpoint yet; the first is written when its first phase ends")
-    meta = checkpoint.read_meta(folder)
-    rack = _assemble(workdir, folder, config, meta)
+    config, meta = snapshot.config, snapshot.meta
+    tokenizer = load_tokenizer(workdir / "tokenizer.model")
+    if tokenizer.digest != meta["tokenizer"]:
+        raise UserError(
+            f"{workdir / 'tokenizer.model'} is damaged or of another run: its SHA-256 is not the one in "
+            f"{snapshot.folder.name}; restore it from a copy, or start the run again: it writes it anew"
+        )
+    rack = _assemble(snapshot)
     if n_stacks is not None and n_stacks != len(rack["stacks"]):
         rack = _cut(workdir, config, meta, rack, n_stacks)
-    finished = meta["position"]["phase"] == len(make_curriculum(config))
-    digest = (workdir / "corpus.digest").read_text(encoding="utf-8").strip()
-    return Trained(config, load_tokenizer(workdir / "tokenizer.model"), rack, digest, meta["step"], finished)
+    finished = meta["phase"] == len(make_curriculum(config))
+    return Trained(config, tokenizer, rack, meta["corpus"], meta["step"], finished)
 
 
-def _assemble(workdir: Path, folder: Path, config: RunConfig, meta: dict) -> Params:
-    phases, key = make_curriculum(config), jax.random.key(config.seed)
-    frozen = checkpoint.read_frozen(workdir, config, meta["parts"])
+def _assemble(snapshot: Snapshot) -> Params:
+    frozen, live = snapshot.frozen, {} if snapshot.state is None else snapshot.state.params
     stacks = dict(frozen.stacks)
-    live: Params = {}
-    index = meta["position"]["phase"]
-    if index < len(phases):
-        phase = phases[index]
-        inside = meta["position"]["phase_step"] > 0
-        shape = snapshot_shape(config, key, phase, signature(phase, phases, config), inside=inside)
-        live = checkpoint.read_tree(folder, shape).params
-        if "stacks" in live:
-            stacks |= dict(zip(phase.live_stacks, live["stacks"], strict=True))
+    if "stacks" in live:
+        phase = make_curriculum(snapshot.config)[snapshot.meta["phase"]]
+        stacks |= dict(zip(phase.live_stacks, live["stacks"], strict=True))
     rack = {
         "embedding": live.get("embedding", frozen.embedding),
         "stacks": [stacks[stack] for stack in sorted(stacks)],
@@ -91,7 +91,7 @@ def _cut(workdir: Path, config: RunConfig, meta: dict, rack: Params, n_stacks: i
     head = rack["head"]
     if reference is not None:
         shape = part_shape(config, jax.random.key(0), "head", "head")
-        head = to_device(checkpoint.read_tree(workdir / "stacks" / reference, shape))
+        head = to_device(read_tree(workdir / "stacks" / reference, shape))
     elif config.training.head != "frozen" or not 0 < n_stacks <= len(rack["stacks"]):
         depths = ", ".join(str(int(stack) + 1) for stack in sorted(taps, key=int)) or "none"
         raise UserError(

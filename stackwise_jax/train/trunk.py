@@ -6,6 +6,7 @@ number equals a recomputed one bitwise.
 
 import dataclasses
 import functools
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from stackwise_jax.memory import fingerprint, placement, processes
 from stackwise_jax.memory.activations import ActivationCache, Trunk
 from stackwise_jax.memory.tiers import ChunkStore, DeviceStore, DiskStore, HostStore, Room, choose_tier
 from stackwise_jax.objectives.objective import variants
+from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import Phase
 from stackwise_jax.train.plan import Plan, phase_device_bytes
 from stackwise_jax.train.state import Frozen
@@ -52,44 +54,43 @@ class Forward:
         return x
 
 
-def store_maker(plan: Plan, workdir: Path, report: Callable[[str], None]) -> Callable[[str], ChunkStore]:
-    """Chooses the tier of a run's caches and returns what makes the store of the cache of a name.
+def shard_folder(config: RunConfig, workdir: Path) -> Path:
+    """Where the disk tier keeps its shards; runs that share `cache.folder` never share one."""
+    if not config.cache.folder:
+        return workdir / "cache"
+    own = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]
+    return Path(config.cache.folder).expanduser() / f"{workdir.name}-{own}"
 
-    Args:
-      report: is told of damaged shards.
+
+def cache_tier(plan: Plan, folder: Path) -> str:
+    """Chooses the tier of a run's caches by what has room now, before the run itself takes any.
 
     Raises:
       UserError: the cache does not fit where it is wanted, or nowhere.
     """
+    if not plan.cache_bytes:
+        return "device"
     config = plan.config
-    folder = Path(config.cache.folder).expanduser() if config.cache.folder else workdir / "cache"
-    tier, place = "device", placement.make_placement(config.mesh)
-    if plan.cache_bytes:
-        needed = max(phase_device_bytes(plan, index).besides_cache for index in range(len(plan.phases)))
-        free = processes.smallest_bytes(placement.device_room())
-        host, hosts = processes.smallest_bytes(placement.host_room()), processes.count_hosts()
-        room = Room(
-            device=None if free is None else config.mesh.n_devices * (int(0.9 * free) - needed),
-            host=None if host is None else host * hosts,
-            disk=0 if config.mesh.distributed else shutil.disk_usage(existing_parent(folder)).free,
-        )
-        tier = choose_tier(config.cache.tier, plan.cache_bytes, room)
-
-    def make_store(name: str) -> ChunkStore:
-        if tier == "disk":
-            return DiskStore(folder / name, report, place)
-        if tier == "host":
-            layout = plan.order.layout
-            n_chunks = layout.chunks_per_window * variants(config.objective) if name == "train" else 1
-            return HostStore(n_chunks)
-        return DeviceStore()
-
-    return make_store
+    needed = max(phase_device_bytes(plan, index).besides_cache for index in range(len(plan.phases)))
+    free = processes.smallest_bytes(placement.device_room())
+    host, hosts = processes.smallest_bytes(placement.host_room()), processes.count_hosts()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    room = Room(
+        device=None if free is None else config.mesh.n_devices * (int(0.9 * free) - needed),
+        host=None if host is None else host * hosts,
+        disk=0 if config.mesh.distributed else shutil.disk_usage(existing).free,
+    )
+    return choose_tier(config.cache.tier, plan.cache_bytes, room)
 
 
-def existing_parent(folder: Path) -> Path:
-    """The folder itself or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def make_cache_store(plan: Plan, tier: str, folder: Path, report: Callable[[str], None], name: str) -> ChunkStore:
+    """The store of the cache of a name, "train" or "held_out"; `report` is told of damaged shards."""
+    if tier == "disk":
+        return DiskStore(folder / name, report, placement.make_placement(plan.config.mesh))
+    if tier == "host":
+        n_chunks = plan.order.layout.chunks_per_window * variants(plan.config.objective)
+        return HostStore(n_chunks if name == "train" else 1)
+    return DeviceStore()
 
 
 class TrunkInputs:
@@ -166,10 +167,14 @@ class TrunkInputs:
         self._enter_window(phase, index)
         variant = np.mod(batch.visits, self._variants).astype(np.int32)
         batch = dataclasses.replace(batch, visits=variant)
-        number = index // self._order.batches_per_chunk
-        visits = [self._order.visit(number + ahead) for ahead in (1, 2)]
-        upcoming = [(visit.chunk, visit.times % self._variants) for visit in visits]
-        return self._place.to_rows(batch), self._caches["train"].read(batch, upcoming=upcoming)
+        return self._place.to_rows(batch), self._caches["train"].read(batch)
+
+    def look_ahead(self, phase: Phase, index: int) -> None:
+        """Begins to bring what the batches after number `index` need; call it when the step of that batch is issued."""
+        if phase.cached:
+            number = index // self._order.batches_per_chunk
+            visits = [self._order.visit(number + ahead) for ahead in (1, 2)]
+            self._caches["train"].expect([(visit.chunk, visit.times % self._variants) for visit in visits])
 
     def held_out_batches(self, phase: Phase) -> Iterator[tuple[Batch, Array | None]]:
         """The held-out batches with the trunk's output for them."""
@@ -218,8 +223,8 @@ class TrunkInputs:
 
     def _bring(self, name: str, stacks: tuple[int, ...], chunks: range) -> None:
         on_mismatch = self._program.config.cache.on_mismatch
-        for share in self._caches[name].bring(self._trunk_of(name, stacks), chunks, on_mismatch=on_mismatch):
-            self._note(f"bringing the {name} cache through {len(stacks)} stack(s) {100 * share:.0f}%")
+        for work, share in self._caches[name].bring(self._trunk_of(name, stacks), chunks, on_mismatch=on_mismatch):
+            self._note(f"{work} the {name} cache, to the output of {len(stacks)} stack(s) {100 * share:.0f}%")
 
     def _trunk_of(self, name: str, stacks: tuple[int, ...]) -> Trunk:
         frozen = self._frozen

@@ -1,25 +1,27 @@
-"""The prepared corpus: rows are what the files say, documents stay on one side, folders are whole or made again."""
+"""The prepared corpus: documents stay on one side, folders are whole or made again, nothing damaged is used."""
 
-import dataclasses
-import hashlib
 import os
-import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from stackwise_jax import prepare
+from stackwise_jax.data import blocks, build
 from stackwise_jax.data import corpus as corpus_module
-from stackwise_jax.data.corpus import SPLITS, Corpus, Split, open_corpus, prepare_corpus
+from stackwise_jax.data.blocks import CheckedRows
+from stackwise_jax.data.build import SPLITS
+from stackwise_jax.data.corpus import Corpus, open_corpus, prepare_corpus
 from stackwise_jax.data.sources import iterate_documents
+from stackwise_jax.data.split import Split
 from stackwise_jax.data.tokenizer import Tokenizer, train_tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
 
-FILES = ("corpus.json", "tokenizer.model", *(f"{name}.{kind}" for name in SPLITS for kind in ("tokens", "documents")))
+FILES = ("corpus.json", "tokenizer.model", *(f"{name}.{kind}" for name in SPLITS for kind in ("tokens", "digests")))
 MakeConfig = Callable[..., RunConfig]
 
 
@@ -27,84 +29,18 @@ def quiet(line: str) -> None:
     del line
 
 
-def make_split(lengths: list[int], seq_len: int) -> Split:
-    """Documents of the given lengths; each token is its place + 1, padding is 0."""
-    starts = np.cumsum([0, *lengths])
-    n_tokens = int(starts[-1])
-    n_rows = -(-n_tokens // seq_len)
-    tokens = np.zeros(n_rows * seq_len, np.uint16)
-    tokens[:n_tokens] = np.arange(n_tokens) + 1
-    return Split(tokens.reshape(n_rows, seq_len), starts.astype(np.int64), n_rows, n_tokens, 0, "")
-
-
-def slow_rows(split: Split, row_ids: list[int], isolate_documents: bool) -> list[list[list[int]]]:
-    """The definition of tokens, segments and positions, one token at a time."""
-    bounds, (_, seq_len) = split.documents.tolist(), split.tokens.shape
-    result: list[list[list[int]]] = [[], [], []]
-    for row in row_ids:
-        segments, positions = [], []
-        for column in range(seq_len):
-            place = row * seq_len + column
-            if place >= bounds[-1]:
-                segments.append(0)
-                positions.append(0 if isolate_documents else column)
-            elif not isolate_documents:
-                segments.append(1)
-                positions.append(column)
-            elif column == 0:
-                segments.append(1)
-                positions.append(0)
-            else:
-                is_new = place in bounds
-                segments.append(segments[-1] + is_new)
-                positions.append(0 if is_new else positions[-1] + 1)
-        result[0].append(split.tokens.reshape(-1)[row * seq_len : (row + 1) * seq_len].tolist())
-        result[1].append(segments)
-        result[2].append(positions)
-    return result
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=12),
-    seq_len=st.integers(2, 9),
-    isolate_documents=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_rows_are_those_of_the_definition(lengths: list[int], seq_len: int, isolate_documents: bool, seed: int) -> None:
-    split = make_split(lengths, seq_len)
-    row_ids = random.Random(seed).choices(range(split.n_rows), k=4)
-    arrays = split.rows(np.array(row_ids), isolate_documents=isolate_documents)
-    assert all(array.dtype == np.int32 for array in arrays)
-    assert [array.tolist() for array in arrays] == slow_rows(split, row_ids, isolate_documents)
-
-
-def test_rows_detects_a_boundary_that_is_off_by_one() -> None:
-    split = make_split([3, 5, 4], 4)
-    shifted = dataclasses.replace(split, documents=split.documents + np.array([0, 1, 0, 0]))
-    arrays = shifted.rows(np.arange(3), isolate_documents=True)
-    assert [array.tolist() for array in arrays] != slow_rows(split, [0, 1, 2], True)
-
-
-def test_rows_by_hand_and_out_of_range() -> None:
-    split = make_split([3, 5, 2], 4)
-    _, segments, positions = split.rows(np.array([0, 2, 1]), isolate_documents=True)
-    assert segments.tolist() == [[1, 1, 1, 2], [1, 1, 0, 0], [1, 1, 1, 1]]
-    assert positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0], [0, 1, 2, 3]]
-    for bad in (-1, 3):
-        with pytest.raises(IndexError, match=r"\[0, 3\)"):
-            split.rows(np.array([0, bad]), isolate_documents=True)
-    first = split.first(2)
-    assert (first.n_rows, first.n_tokens, split.first(9).n_tokens) == (2, 8, 10)
-    with pytest.raises(IndexError):
-        first.rows(np.array([2]), isolate_documents=False)
+def flat_tokens(split: Split) -> np.ndarray:
+    return split.tokens[np.arange(split.tokens.shape[0])].reshape(-1)
 
 
 def texts_of(split: Split, tokenizer: Tokenizer) -> list[str]:
-    flat = np.asarray(split.tokens).reshape(-1)
-    pieces = [flat[a:b] for a, b in zip(split.documents[:-1], split.documents[1:], strict=True)]
-    assert all(piece[0] == tokenizer.bos_id and piece[-1] == tokenizer.eos_id for piece in pieces)
-    return [tokenizer.decode(piece) for piece in pieces]
+    flat = flat_tokens(split)
+    pieces = np.split(
+        flat[flat != tokenizer.pad_id], np.flatnonzero(flat[flat != tokenizer.pad_id] == tokenizer.bos_id)
+    )
+    assert not pieces[0].size
+    assert all(piece[0] == tokenizer.bos_id and piece[-1] == tokenizer.eos_id for piece in pieces[1:])
+    return [tokenizer.decode(piece) for piece in pieces[1:]]
 
 
 def test_the_files_hold_every_document_once(corpus: Corpus, documents: list[str]) -> None:
@@ -113,15 +49,15 @@ def test_the_files_hold_every_document_once(corpus: Corpus, documents: list[str]
     assert train == [text for text in documents if text in set(train)]  # in their order
     assert 0.05 < len(validation) / len(documents) < 0.4
     for split in (corpus.train, corpus.validation):
-        flat = np.asarray(split.tokens).reshape(-1)
-        assert (flat[split.n_tokens :] == corpus.tokenizer.pad_id).all()
-        assert 0 <= flat.size - split.n_tokens < corpus.seq_len == 32
-        assert corpus.tokenizer.piece_bytes[flat].sum() == split.text_bytes
-        assert split.digest == hashlib.sha256(flat.tobytes()).hexdigest()
-        assert split.n_documents == len(split.documents) - 1
-    assert corpus.train.tokens.dtype == np.uint16
-    assert corpus_module._token_dtype(2**16) == "<u2"
-    assert corpus_module._token_dtype(2**16 + 1) == "<u4"
+        flat, (part,) = flat_tokens(split), split.parts
+        assert (flat[part.n_tokens :] == corpus.tokenizer.pad_id).all()
+        assert 0 <= flat.size - part.n_tokens < corpus.seq_len == 32
+        assert corpus.tokenizer.piece_bytes[flat].sum() == part.text_bytes
+        assert part.n_documents == len(texts_of(split, corpus.tokenizer))
+        assert part.n_rows == split.n_rows == split.tokens.shape[0]
+        assert flat.dtype == np.uint16
+    assert build._token_dtype(2**16) == "<u2"
+    assert build._token_dtype(2**16 + 1) == "<u4"
 
 
 def test_no_document_is_on_both_sides(make_config: MakeConfig, documents: list[str], tmp_path: Path) -> None:
@@ -141,7 +77,7 @@ def test_no_document_on_both_sides_detects_a_split_by_number(
     path = Path(config.data.source)
     path.write_bytes(path.read_bytes() * 2)
     numbers = iter(range(10**6))
-    monkeypatch.setattr(corpus_module, "_is_held_out", lambda document, fraction: next(numbers) % 7 == 0)
+    monkeypatch.setattr(build, "_is_held_out", lambda document, fraction: next(numbers) % 7 == 0)
     corpus = prepare_corpus(config, report=quiet)
     train, validation = (texts_of(split, corpus.tokenizer) for split in (corpus.train, corpus.validation))
     assert set(train) & set(validation)
@@ -151,7 +87,7 @@ def test_a_second_run_opens_what_is_there(make_config: MakeConfig, monkeypatch: 
     lines: list[str] = []
     first = prepare_corpus(make_config(), report=lines.append)
     assert lines == [f"training a tokenizer of {first.tokenizer.vocab_size} pieces"]
-    monkeypatch.setattr(corpus_module, "_build", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(corpus_module, "build_corpus", lambda *args: pytest.fail("prepared again"))
     second = prepare_corpus(make_config(), report=lines.append)
     assert len(lines) == 1
     assert (second.digest, second.directory) == (first.digest, first.directory)
@@ -185,7 +121,7 @@ def test_what_tokens_depend_on_names_the_folder(make_config: MakeConfig, tmp_pat
     )  # the same tokenizer, from a file, same tokens
     assert prepare_corpus(make_config(max_rows=3), report=quiet).directory == base.directory
     assert texts_of(corpora[-1].validation, corpora[-1].tokenizer) == ["return self"]
-    assert corpora[-1].train.n_documents == 60
+    assert corpora[-1].train.parts[0].n_documents == 60
 
 
 def test_changed_text_is_another_corpus(make_config: MakeConfig) -> None:
@@ -211,35 +147,53 @@ def test_an_interrupted_preparation_is_harmless(make_config: MakeConfig, monkeyp
 
     root = Path(make_config().data.cache_dir) / "corpora"
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_tokenise", interrupt)
+        patch.setattr(build, "_tokenise", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(make_config(), report=quiet)
     assert list(root.iterdir()) == []
-    with monkeypatch.context() as patch:  # and killed, so that nobody could clean up
-        patch.setattr(corpus_module, "_tokenise", interrupt)
-        patch.setattr(corpus_module.shutil, "rmtree", lambda *args, **kwargs: None)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_corpus(make_config(), report=quiet)
-    (left_over,) = root.iterdir()
-    lines: list[str] = []
-    corpus = prepare_corpus(make_config(), report=lines.append)
-    assert lines == [f"training a tokenizer of {corpus.tokenizer.vocab_size} pieces"]
-    assert corpus.directory != left_over
-    with pytest.raises(UserError, match=r"is not a prepared corpus: corpus\.json is missing"):
-        open_corpus(left_over)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from stackwise_jax.data import build
+with build._scratch_folder(Path(sys.argv[1])) as folder:
+    (folder / "train.tokens").write_bytes(b"half")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_preparation_left_is_removed_and_what_a_living_one_writes_is_not(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    root = tmp_path / "cache" / "corpora"
+    root.mkdir(parents=True)
+    command = [sys.executable, "-c", KILLED, str(root / "other")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        with pytest.raises(UserError, match=r"is not a prepared corpus: corpus\.json is missing"):
+            open_corpus(folder)
+        prepare_corpus(make_config(), report=quiet)
+        assert (folder / "train.tokens").read_bytes() == b"half"
+        process.kill()
+    corpus = prepare_corpus(make_config(seq_len=16), report=quiet)
+    assert not folder.exists()
+    assert corpus.directory in root.iterdir()
 
 
 def test_a_faster_process_wins(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reference = prepare_corpus(make_config(cache_dir=str(tmp_path / "other")), report=quiet)
-    tokenise = corpus_module._tokenise
+    tokenise = build._tokenise
 
     def with_a_rival(*args: object) -> None:
         tokenise(*args)  # pyright: ignore[reportArgumentType]
         with monkeypatch.context() as patch:
-            patch.setattr(corpus_module, "_tokenise", tokenise)
+            patch.setattr(build, "_tokenise", tokenise)
             prepare_corpus(make_config(), report=quiet)
 
-    monkeypatch.setattr(corpus_module, "_tokenise", with_a_rival)
+    monkeypatch.setattr(build, "_tokenise", with_a_rival)
     corpus = prepare_corpus(make_config(), report=quiet)
     assert corpus.digest == reference.digest
     assert [path.name for path in corpus.directory.parent.iterdir()] == [corpus.directory.name]
@@ -256,23 +210,55 @@ def test_a_damaged_folder_is_prepared_again(make_config: MakeConfig, name: str, 
     elif damage == "cut":
         path.write_bytes(content[: len(content) // 2])
     else:
-        path.write_bytes(content[:40] + bytes([content[40] ^ 64]) + content[41:])
+        path.write_bytes(content[:20] + bytes([content[20] ^ 64]) + content[21:])
     with pytest.raises(UserError, match=corpus.directory.name):
-        open_corpus(corpus.directory)
+        open_corpus(corpus.directory, check_all=True)
     lines: list[str] = []
-    again = prepare_corpus(make_config(), report=lines.append)
+    again = prepare_corpus(make_config(), report=lines.append, check_all=True)
     assert lines[0].startswith("preparing the corpus again: ")
     assert path.read_bytes() == content
     assert again.digest == corpus.digest
 
 
+def test_opening_reads_no_tokens_and_a_batch_reads_its_own_blocks(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)  # four rows
+    config = make_config()
+    prepare_corpus(config, report=quiet)
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, n, begin: (read.append(n), pread(file, n, begin))[1])
+    train = prepare_corpus(config, report=lambda line: pytest.fail(line)).train
+    assert read == []
+    assert isinstance(train.tokens, CheckedRows)
+    train.rows(np.array([3, 0]), isolate_documents=True)
+    assert train.tokens.checked_blocks <= 2 < train.n_rows // 4
+    assert read == [256] * train.tokens.checked_blocks + [64, 64]
+
+
+def test_damaged_tokens_are_never_trained_on(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config()
+    path = prepare_corpus(config, report=quiet).directory / "train.tokens"
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] + b"?" + content[1001:])
+    corpus = prepare_corpus(config, report=lambda line: pytest.fail(line))
+    with pytest.raises(
+        UserError, match=rf"^{path} is damaged in its bytes from 0 on; `python -m stackwise_jax\.prepare`"
+    ):
+        corpus.train.rows(np.array([2]), isolate_documents=True)
+    prepare.main(config)
+    assert "preparing the corpus again" in capsys.readouterr().out
+    assert path.read_bytes() == content
+
+
 def test_a_folder_of_another_format_is_prepared_again(make_config: MakeConfig) -> None:
     corpus = prepare_corpus(make_config(), report=quiet)
     path = corpus.directory / "corpus.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
     lines: list[str] = []
     prepare_corpus(make_config(), report=lines.append)
-    assert "has format 99, not 1" in lines[0]
+    assert "has format 99, not 2" in lines[0]
 
 
 def test_errors_name_the_field(make_config: MakeConfig, tmp_path: Path, documents: list[str]) -> None:
@@ -309,13 +295,31 @@ def test_the_cache_folder_is_the_one_that_is_named(
 
 
 def test_progress_is_reported(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "REPORT_SECONDS", 0.0)
-    monkeypatch.setattr(corpus_module, "_BATCH_DOCUMENTS", 25)
+    monkeypatch.setattr(build, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(build, "_BATCH_DOCUMENTS", 25)
     lines: list[str] = []
     corpus = prepare_corpus(make_config(), report=lines.append)
     assert [line.split(":")[0] for line in lines[1:]] == ["tokenising"] * 3
-    total_mb = (corpus.train.text_bytes + corpus.validation.text_bytes) / 1e6
+    total_mb = (corpus.train.parts[0].text_bytes + corpus.validation.parts[0].text_bytes) / 1e6
     assert lines[-1].startswith(f"tokenising: {total_mb:.1f} MB done, ")
+    assert lines[-1].endswith(", 100 %, about 0 s left")
+
+
+def test_progress_knows_its_end_from_files_or_from_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "REPORT_SECONDS", 0.0)
+    clock = iter([0.0, 5.0, 10.0])
+    monkeypatch.setattr(build.time, "monotonic", lambda: next(clock))
+    lines: list[str] = []
+    progress = build._Progress(total_bytes=1000, most_text_bytes=10_000_000, report=lines.append)
+    progress.on_read(250)
+    progress.text_bytes = 1_000_000
+    progress.say()
+    progress.text_bytes = 5_000_000
+    progress.say()
+    assert lines == [
+        "tokenising: 1.0 MB done, 0.2 MB/s, 25 %, about 15 s left",
+        "tokenising: 5.0 MB done, 0.5 MB/s, 50 %, about 10 s left",
+    ]
 
 
 def test_embedded_text_can_be_prepared(make_config: MakeConfig) -> None:
@@ -323,4 +327,4 @@ def test_embedded_text_can_be_prepared(make_config: MakeConfig) -> None:
     corpus = prepare_corpus(config, report=quiet)
     texts = [text for split in (corpus.train, corpus.validation) for text in texts_of(split, corpus.tokenizer)]
     assert sorted(texts) == sorted(iterate_documents("embedded", text_field="text", max_bytes=150_000))
-    assert corpus.train.text_bytes / corpus.train.n_tokens > 1.8
+    assert corpus.train.parts[0].text_bytes / corpus.train.parts[0].n_tokens > 1.8

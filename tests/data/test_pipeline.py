@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_jax.data.corpus import Corpus, Split
+from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.data.order import ChunkLayout, Order, chunk_layout, in_windows
 from stackwise_jax.data.pipeline import make_batches, validation_batches
+from stackwise_jax.data.split import Part, Split
 from stackwise_jax.errors import UserError
 from stackwise_jax.types import Batch
 
@@ -21,9 +22,11 @@ PER_EPOCH = LAYOUT.n_rows // B
 
 @pytest.fixture(scope="session")
 def split() -> Split:
-    """25 rows of 4 tokens; documents of 7 tokens; every token is its place."""
-    tokens = np.arange(100, dtype=np.uint16).reshape(25, 4)
-    return Split(tokens, np.array([*range(0, 100, 7), 100], np.int64), 25, 100, 0, "")
+    """25 rows of 4 tokens in the order of the file; every token is its place, and 500 begins each 7 of them."""
+    tokens = np.arange(100, dtype=np.uint16)
+    tokens[::7] = 500
+    part = Part(first_row=0, n_rows=25, n_tokens=100, n_documents=15, text_bytes=0, weight=1)
+    return Split(tokens.reshape(25, 4), bos_id=500, pad_id=501, parts=(part,), n_rows=25, digest="")
 
 
 def stream(split: Split, seed: int = 0, layout: ChunkLayout = LAYOUT, start: int = 0) -> Any:
@@ -191,7 +194,7 @@ def test_validation_batches_are_always_the_same(split: Split) -> None:
     batches = read(10)
     assert [batch.row_ids.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert all(not np.asarray(batch.visits).any() for batch in batches)
-    np.testing.assert_array_equal(batches[1].tokens, np.arange(16, 32).reshape(4, 4))
+    assert batches[1].tokens[:, 2].tolist() == [18, 22, 26, 30]
     assert len(read(1000)) == 6
     assert len(read(25, batch_size=25)) == 1
     for rows, batch_size in ((3, 4), (1000, 26)):

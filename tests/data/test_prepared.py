@@ -33,7 +33,7 @@ def test_a_prepared_folder_needs_no_source(
     make_config: MakeConfig, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(prepared=str(folder), max_rows=4)
-    monkeypatch.setattr(corpus_module, "_build", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(corpus_module, "build_corpus", lambda *args: pytest.fail("prepared again"))
     corpus = prepare_corpus(config, report=lambda line: pytest.fail(line))
     assert (corpus.directory, corpus.train.n_rows) == (folder, 4)
     assert corpus.train.rows(np.arange(4), isolate_documents=True)[0].shape == (4, 32)

@@ -11,8 +11,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stackwise_jax.data import sources
-from stackwise_jax.data.sources import digest_source, iterate_documents, source_files
+from stackwise_jax.data import files
+from stackwise_jax.data.digests import DigestMemo
+from stackwise_jax.data.sources import digest_source, iterate_documents, source_items
 from stackwise_jax.errors import UserError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -65,7 +66,7 @@ def test_digest_depends_on_bytes_and_format_not_on_place(tmp_path: Path) -> None
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        return digest_source(str(path))
+        return digest_source(str(path), DigestMemo(tmp_path / "memo"))
 
     same = digest("a.txt", "one")
     assert digest("folder/b.txt", "one") == same
@@ -73,13 +74,13 @@ def test_digest_depends_on_bytes_and_format_not_on_place(tmp_path: Path) -> None
 
 
 def test_embedded_text_is_the_same_every_time_and_without_tables() -> None:
-    files = source_files("embedded")
-    names = {path.name for path in files}
-    assert files == source_files("embedded")
-    assert files != sorted(files)
+    modules = [item for item in source_items("embedded") if isinstance(item, Path)]
+    names = {path.name for path in modules}
+    assert modules == source_items("embedded")
+    assert modules != sorted(modules)
     assert {"argparse.py", "textwrap.py"} <= names
     assert not {"topics.py", "cp1252.py", "entities.py", "stringprep.py"} & names
-    assert not [path for path in files if "test" in path.parts or "site-packages" in path.parts]
+    assert not [path for path in modules if "test" in path.parts or "site-packages" in path.parts]
     sample = read("embedded", max_bytes=200_000)
     assert sum(len(text.encode()) for text in sample) == 200_000
     assert "".join(sample) == "".join(read("embedded", max_bytes=400_000))[: len("".join(sample))]
@@ -113,8 +114,8 @@ def test_max_bytes_cuts_at_a_character(tmp_path: Path, texts: list[str], max_byt
 
 
 def test_only_as_much_of_a_text_file_is_read_as_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "DOCUMENT_BYTES_LIMIT", 1000)
-    monkeypatch.setattr(sources, "READ_BYTES", 100)
+    monkeypatch.setattr(files, "DOCUMENT_BYTES_LIMIT", 1000)
+    monkeypatch.setattr(files, "READ_BYTES", 100)
     (tmp_path / "a.txt").write_text("\u00e9" * 5000)
     assert read(tmp_path / "a.txt", max_bytes=501) == ["\u00e9" * 250]
     (tmp_path / "b.jsonl").write_text('{"text": "' + "e" * 5000 + '"}')
@@ -151,8 +152,10 @@ def test_errors_say_where_and_what(tmp_path: Path, name: str, content: bytes, me
 
 
 def test_sources_that_name_nothing_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"matches no file"):
+    with pytest.raises(UserError, match=r"matches no file \(from .*\)$"):
         read(tmp_path / "*.txt")
+    with pytest.raises(UserError, match=r"matches no file .*; mixtures are not read here"):
+        read("a.txt; b.txt")
     with pytest.raises(UserError, match=r"is a folder; name its files, such as .*\*\*/\*\.txt"):
         read(tmp_path)
     with pytest.raises(UserError, match="names no file"):

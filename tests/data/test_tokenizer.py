@@ -163,6 +163,7 @@ def test_load_accepts_a_model_with_other_ids(tmp_path: Path, documents: list[str
         ({"control_symbols": ["[CLS]", "[SEP]"]}, r"lacks \[MASK\] as control pieces"),
         ({"control_symbols": ["[CLS]", "[SEP]"], "user_defined_symbols": ["[MASK]"]}, r"lacks \[MASK\]"),
         ({"pad_id": -1, "unk_id": 0}, "lacks pad"),
+        ({"user_defined_symbols": ["<s>"]}, "lacks bos as control pieces"),  # a text could begin a document
         ({"add_dummy_prefix": True}, "does not encode text exactly"),
         ({"remove_extra_whitespaces": True}, "does not encode text exactly"),
         ({"normalization_rule_name": "nmt_nfkc"}, "does not encode text exactly"),

@@ -76,7 +76,7 @@ def test_a_source_is_packed_as_a_corpus_is(isolate: bool, batch_size: int, tiny:
     data = dataclasses.replace(config.data, isolate_documents=isolate)
     corpus = prepare_corpus(config, report=lambda _: None)
     n_rows = corpus.validation.n_rows
-    in_order = dataclasses.replace(corpus.validation, order=None)
+    in_order = dataclasses.replace(corpus.validation, seed=None)
     whole = list(validation_batches(in_order, batch_size=1, rows=n_rows, isolate_documents=isolate))
     for rows in (None, 1, 4, 5, n_rows + 7):
         wanted = whole if rows is None else whole[:rows]

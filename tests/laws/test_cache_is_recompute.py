@@ -1,6 +1,7 @@
 """Training from cached activations gives the bits that recomputing them gives, in float32."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +21,66 @@ OBJECTIVES = {
 }
 
 
-def leaves(config: Any, corpus: Any, folder: Path) -> list[np.ndarray]:
+Rack = list[np.ndarray]
+
+
+def leaves(config: Any, corpus: Any, folder: Path) -> Rack:
     rack = loop.run(config, corpus, folder, say=lambda _: None).rack
     return [np.asarray(leaf) for leaf in jax.tree.leaves(rack)]
 
 
-def both(tiny: Any, corpus: Any, folder: Path, **overrides: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    cached = tiny(training__progressive__cache_activations=True, **overrides)
-    recomputed = tiny(training__progressive__cache_activations=False, **overrides)
-    return leaves(cached, corpus, folder / "cached"), leaves(recomputed, corpus, folder / "recomputed")
+@pytest.fixture(scope="module")
+def train(tiny: Any, tiny_corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Rack]:
+    """Trains `tiny(**overrides)`, each once for all tests."""
+    known: dict[str, Rack] = {}
+
+    def once(**overrides: Any) -> Rack:
+        name = repr(sorted(overrides.items()))
+        if name not in known:
+            known[name] = leaves(tiny(**overrides), tiny_corpus, tmp_path_factory.mktemp("run") / "run")
+        return known[name]
+
+    return once
+
+
+RECOMPUTED = {"training__progressive__cache_activations": False}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_cache_is_recompute(objective: str, tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    for one, other in zip(*both(tiny, tiny_corpus, tmp_path, **OBJECTIVES[objective]), strict=True):
+def test_cache_is_recompute(objective: str, train: Any) -> None:
+    own = OBJECTIVES[objective]
+    for one, other in zip(train(**own), train(**own, **RECOMPUTED), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("storage", ["fp32", "fp8"])
-def test_every_tier_gives_the_same_bits(storage: str, tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    racks = [
-        leaves(tiny(cache__tier=tier, precision__cache=storage), tiny_corpus, tmp_path / tier)
-        for tier in ("device", "host", "disk")
-    ]
+@pytest.mark.parametrize("storage", [{}, {"precision__cache": "fp8"}])
+def test_every_tier_gives_the_same_bits(storage: dict[str, str], train: Any) -> None:
+    racks = [train(**storage), train(**storage, cache__tier="host"), train(**storage, cache__tier="disk")]
     for one, *others in zip(*racks, strict=True):
         for other in others:
             np.testing.assert_array_equal(one, other)
-    assert not list((tmp_path / "disk" / "cache").rglob("*.chunk"))  # a finished run needs no cache
 
 
-def test_fp8_storage_is_not_exact(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
+def test_fp8_storage_is_not_exact(train: Any) -> None:
     """The twin of equal tiers: another storage is seen in the weights."""
-    exact = leaves(tiny(), tiny_corpus, tmp_path / "exact")
-    rounded = leaves(tiny(precision__cache="fp8"), tiny_corpus, tmp_path / "rounded")
-    assert any(not np.array_equal(one, other) for one, other in zip(exact, rounded, strict=True))
+    pairs = zip(train(), train(precision__cache="fp8"), strict=True)
+    assert any(not np.array_equal(one, other) for one, other in pairs)
+
+
+def test_a_finished_run_keeps_no_shards(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
+    config = tiny(cache__tier="disk", model__architecture__n_stacks=1)
+    run = loop.Run(config, tiny_corpus, tmp_path / "run", lambda _: None)
+    seen: list[Path] = []
+    original = run.inputs.clear
+
+    def look() -> None:
+        seen.extend((tmp_path / "run" / "cache").rglob("*.chunk"))
+        original()
+
+    run.inputs.clear = look
+    run.to_end()
+    assert seen
+    assert not list((tmp_path / "run" / "cache").rglob("*.chunk"))
 
 
 def test_windows_are_recompute_too(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
@@ -77,7 +104,7 @@ def test_windows_are_recompute_too(tiny: Any, tiny_corpus: Any, tmp_path: Path) 
 
 
 def test_cache_is_recompute_detects_a_stale_cache(
-    tiny: Any, tiny_corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, tiny_corpus: Any, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: an advance that stores what it read."""
 
@@ -85,5 +112,5 @@ def test_cache_is_recompute_detects_a_stale_cache(
         return jax.tree.map(lambda leaf: leaf + 0 * jnp.sum(x), stored)
 
     monkeypatch.setattr(activations, "_write", forget)
-    cached, recomputed = both(tiny, tiny_corpus, tmp_path)
-    assert any(not np.array_equal(one, other) for one, other in zip(cached, recomputed, strict=True))
+    stale = leaves(tiny(), tiny_corpus, tmp_path)
+    assert any(not np.array_equal(one, other) for one, other in zip(stale, train(**RECOMPUTED), strict=True))

@@ -1,6 +1,10 @@
 """A run that was stopped anywhere and started again ends with the same bits as one that was not."""
 
+import itertools
 import json
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from stackwise_jax.errors import StoppedError
 from stackwise_jax.train import loop
+from stackwise_jax.train.signals import SIGNALS
 from stackwise_jax.types import Params
 
 
@@ -20,22 +26,48 @@ def finish(config: Any, corpus: Any, folder: Path) -> Params:
     return loop.run(config, corpus, folder, say=lambda _: None).rack
 
 
-def stop_after(config: Any, corpus: Any, folder: Path, steps: int) -> None:
-    """Runs until `steps` updates are done and dies before anything else is written."""
+def cut() -> None:
+    raise PowerCutError
+
+
+def stop_at(config: Any, corpus: Any, folder: Path, moment: str, after: int, act: Callable[[], None] = cut) -> loop.Run:
+    """Runs until `moment` first comes with at least `after` updates done, and acts there, once.
+
+    Moments: "stepping", "filling", "advancing", "evaluating" (between two batches), "saving".
+    """
     run = loop.Run(config, corpus, folder, lambda _: None)
-    original = loop.schedule_fraction
+    left = [moment]
 
-    def count(*args: Any) -> float:
-        if run.position.step == steps:
-            raise PowerCutError
-        return original(*args)
+    def arrive(name: str) -> None:
+        if left == [name] and run.position.step >= after:
+            left.clear()
+            act()
 
-    loop.schedule_fraction = count
-    try:
-        with pytest.raises(PowerCutError):
-            run.to_end()
-    finally:
-        loop.schedule_fraction = original
+    def watched(owner: Any, name: str, moment_of: Callable[..., str]) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arrive(moment_of(*args))
+            return original(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    watched(run, "_note", lambda text: "filling" if "0 stack(s)" in text else "advancing")
+    watched(run.inputs, "training_batch", lambda *_: "stepping")
+    watched(run.folder, "save", lambda *_: "saving")
+    held_out_batches = run.inputs.held_out_batches
+
+    def batches(phase: Any) -> Iterator[Any]:
+        for number, batch in enumerate(held_out_batches(phase)):
+            if number == 1:
+                arrive("evaluating")
+            yield batch
+
+    run.inputs.held_out_batches = batches
+    with pytest.raises((PowerCutError, StoppedError)):
+        run.to_end()
+    assert not left
+    return run
 
 
 def assert_bitwise(first: Params, second: Params) -> None:
@@ -68,15 +100,66 @@ def test_resume_is_continue(mode: str, tiny: Any, tiny_corpus: Any, tmp_path: Pa
     config = tiny(checkpoint__every_steps=3, logging__every_steps=1, **MODES[mode])
     whole = finish(config, tiny_corpus, tmp_path / "whole")
     for steps in (2, 8, 13):  # before the first snapshot, inside a phase, and again further on
-        stop_after(config, tiny_corpus, tmp_path / "stopped", steps)
+        stop_at(config, tiny_corpus, tmp_path / "stopped", "stepping", steps)
     assert_bitwise(whole, finish(config, tiny_corpus, tmp_path / "stopped"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+
+
+# One run, stopped at each of these in turn: (moment, updates done at least). Phases end after 4, 10, 16 and 22 updates.
+MOMENTS = [
+    ("saving", 4),
+    ("filling", 4),
+    ("stepping", 5),
+    ("evaluating", 6),
+    ("evaluating", 10),
+    ("advancing", 10),
+    ("saving", 13),
+    ("evaluating", 22),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Any, tiny_corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Params]:
+    """(config, folder, rack) of a run that nothing stopped."""
+    config = tiny(checkpoint__every_steps=3, logging__every_steps=1, evaluation__every_steps=2)
+    folder = tmp_path_factory.mktemp("whole")
+    return config, folder, finish(config, tiny_corpus, folder)
+
+
+def test_a_cut_anywhere_is_continued(whole: tuple[Any, Path, Params], tiny_corpus: Any, tmp_path: Path) -> None:
+    config, folder, rack = whole
+    for moment, after in MOMENTS:
+        stop_at(config, tiny_corpus, tmp_path, moment, after)
+    assert_bitwise(rack, finish(config, tiny_corpus, tmp_path))
+    assert losses(folder) == losses(tmp_path)
+
+
+def test_a_signal_anywhere_loses_no_step(whole: tuple[Any, Path, Params], tiny_corpus: Any, tmp_path: Path) -> None:
+    config, folder, rack = whole
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    for (moment, after), number in zip(MOMENTS, itertools.cycle(SIGNALS), strict=False):
+        stopped = stop_at(config, tiny_corpus, tmp_path, moment, after, lambda n=number: os.kill(os.getpid(), n))
+        again = loop.Run(config, tiny_corpus, tmp_path, lambda _: None)
+        assert again.position == stopped.position
+        assert again.position.step >= after
+        again.folder.close()
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    assert_bitwise(rack, finish(config, tiny_corpus, tmp_path))
+    assert losses(folder) == losses(tmp_path)
+
+
+def test_a_signal_between_saves_is_what_a_cut_loses(
+    whole: tuple[Any, Path, Params], tiny_corpus: Any, tmp_path: Path
+) -> None:
+    """The twin: without the save on a signal the same stop falls back to the snapshot before."""
+    stop_at(whole[0], tiny_corpus, tmp_path, "stepping", 9)
+    assert loop.Run(whole[0], tiny_corpus, tmp_path, lambda _: None).position.step == 7
 
 
 def test_resume_detects_a_lost_data_position(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
     config = tiny(training__mode="end_to_end", training__phase_budget="14 steps", checkpoint__every_steps=3)
     whole = finish(config, tiny_corpus, tmp_path / "whole")
-    stop_after(config, tiny_corpus, tmp_path / "stopped", 8)
+    stop_at(config, tiny_corpus, tmp_path / "stopped", "stepping", 8)
     run = loop.Run(config, tiny_corpus, tmp_path / "stopped", lambda _: None)
     fresh = loop.Run(config, tiny_corpus, tmp_path / "fresh", lambda _: None)  # its stream stands at the beginning
     run.batches = fresh.batches

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stackwise_jax.memory.fingerprint import extend, named_leaves, root, tree_digest
+from stackwise_jax.memory.fingerprint import array_digests, extend, named_leaves, root, tree_digest
 
 TREE: dict[str, Any] = {"attention": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "scale": np.ones(2)}
 
@@ -66,8 +66,9 @@ def test_digest_reads_every_kind_of_array():
 def test_digest_is_a_plain_sha256_of_names_and_bytes():
     """Written out, so that a change of the format, which makes every stored cache and stack foreign, is deliberate."""
     value = np.array([1, 2], np.int32)
-    expected = hashlib.sha256(b"a/b int32 (2,)\n" + value.tobytes()).hexdigest()
-    assert tree_digest({"a": {"b": value}}) == expected
+    of_array = hashlib.sha256(b"a/b int32 (2,)\n" + value.tobytes()).hexdigest()
+    assert array_digests({"a": {"b": value}}) == {"a/b": of_array}
+    assert tree_digest({"a": {"b": value}}) == hashlib.sha256(f"a/b {of_array}\n".encode()).hexdigest()
 
 
 def test_names_are_paths():

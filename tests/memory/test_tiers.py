@@ -1,6 +1,7 @@
 """Tiers: where chunks are, what a damaged one costs, and which tier a cache goes to."""
 
 import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -170,15 +171,36 @@ def test_no_damage_to_a_shard_is_silent_and_it_alone_is_computed_again(tmp_path:
     assert len(kinds) == 7
 
 
-def test_only_the_digest_tells(tmp_path: Path) -> None:
-    """The twin: flipped bits under a digest that was made to match reach the numbers."""
+def test_only_the_digests_tell(tmp_path: Path) -> None:
+    """The twin: flipped bits under digests that were made to match reach the numbers."""
     cache = open_cache(tmp_path, [])
     list(cache.bring(TRUNK, range(3), on_mismatch="rebuild"))
     path = tmp_path / "000001.chunk"
-    data = bytearray(path.read_bytes())
-    data[-2] ^= 1
-    path.write_bytes(hashlib.sha256(data[65:]).hexdigest().encode() + data[64:])
+    _, header, payload = path.read_bytes().split(b"\n", 2)
+    flipped = bytearray(payload)
+    flipped[-2] ^= 1
+    facts = json.loads(header)
+    assert facts["digests"] == [hashlib.sha256(payload).hexdigest()]
+    facts["digests"] = [hashlib.sha256(flipped).hexdigest()]
+    header = json.dumps(facts).encode() + b"\n"
+    path.write_bytes(hashlib.sha256(header).hexdigest().encode() + b"\n" + header + flipped)
     assert not is_right(cache)
+
+
+def test_large_shards_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_PIECE_BYTES", 100)
+    reports: list[str] = []
+    folder = ShardFolder(tmp_path, lambda arrays: arrays, reports.append)
+    arrays = {name: np.asarray(leaf) for name, leaf in chunk(1).items()}
+    for victim in range(3):
+        folder.write_behind(victim, "f", arrays)
+    folder.flush()
+    jax.tree.map(np.testing.assert_array_equal, folder.read(0), arrays)
+    data = bytearray((tmp_path / "000001.chunk").read_bytes())
+    data[-150] ^= 4
+    (tmp_path / "000001.chunk").write_bytes(data)
+    assert folder.read(1) is None
+    assert "000001.chunk is damaged (its digest does not match)" in reports[0]
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,12 @@
-"""Run folders: what is written is read back, what is damaged is named, what is foreign is refused."""
+"""Folders of arrays: what is written is read back, what is damaged is named, what is half written does not exist."""
 
+import errno
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +14,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stackwise_jax.errors import UserError
+from stackwise_jax.memory.fingerprint import tree_digest
 from stackwise_jax.train import checkpoint
-from stackwise_jax.train.checkpoint import DamagedError, RunFolder
+from stackwise_jax.train.checkpoint import DamagedError, FormatError, StorageError, write_folder
 
 TREE = {
     "params": {"stacks": [{"kernel": jnp.arange(12.0).reshape(3, 4)}, {"kernel": jnp.ones((2,), jnp.bfloat16)}]},
     "optimizer": {"count": jnp.array(3, jnp.int32)},
 }
-META = {"parts": {"embedding": {}, "stacks": {}, "head": {}, "taps": {}}}
 
 
 @pytest.fixture
-def folder(tiny: Any, tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run", tiny())
+def folder(tmp_path: Path) -> Path:
+    """A folder that holds TREE and {"step": 7}."""
+    write_folder(tmp_path / "one", TREE, {"step": 7})
+    return tmp_path / "one"
 
 
-def test_arrays_come_back_bitwise(folder: RunFolder) -> None:
-    folder.write_step(1, 7, TREE, META, keep=2)
-    step = checkpoint.latest_step(folder.path)
-    assert step is not None
-    assert checkpoint.read_meta(step)["step"] == 7
-    restored = checkpoint.read_tree(step, TREE)
+def test_arrays_come_back_bitwise(folder: Path) -> None:
+    assert checkpoint.read_meta(folder)["step"] == 7
+    restored, digest = checkpoint.read_part(folder, TREE)
     for one, other in zip(restored["params"]["stacks"], TREE["params"]["stacks"], strict=True):
         assert one["kernel"].dtype == other["kernel"].dtype
         np.testing.assert_array_equal(np.asarray(one["kernel"]), np.asarray(other["kernel"]))
     assert int(restored["optimizer"]["count"]) == 3
+    assert digest == tree_digest(TREE)
 
 
-def test_an_empty_tree_is_a_checkpoint_too(folder: RunFolder) -> None:
-    folder.write_step(9, 9, {}, META, keep=2)
-    assert checkpoint.read_tree(folder.steps / "00000009-0009", {}) == {}
+def test_an_empty_tree_is_a_checkpoint_too(tmp_path: Path) -> None:
+    write_folder(tmp_path / "empty", {}, {})
+    assert checkpoint.read_tree(tmp_path / "empty", {}) == {}
 
 
-def test_every_flipped_byte_is_noticed(folder: RunFolder) -> None:
+def test_every_flipped_byte_is_noticed(folder: Path) -> None:
     """Flips one byte in every file of a checkpoint in turn; either the numbers are right or it is called damaged."""
-    folder.write_step(1, 7, TREE, META, keep=2)
-    step = folder.steps / "00000007-0001"
     silent, refused = [], 0
-    for file in [path for path in step.rglob("*") if path.is_file() and path.stat().st_size]:
+    for file in [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]:
         good = file.read_bytes()
         for place in {0, len(good) // 3, len(good) // 2, len(good) - 1}:
             file.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
             try:
-                meta, tree = checkpoint.read_meta(step), checkpoint.read_tree(step, TREE)
+                meta, tree = checkpoint.read_meta(folder), checkpoint.read_tree(folder, TREE)
                 kernel = np.asarray(tree["params"]["stacks"][0]["kernel"])
                 if meta["step"] != 7 or not np.array_equal(kernel, np.arange(12.0).reshape(3, 4)):
                     silent.append((file, place))
@@ -63,160 +65,137 @@ def test_every_flipped_byte_is_noticed(folder: RunFolder) -> None:
     assert refused > 0
 
 
-def test_a_wrong_shape_or_dtype_is_refused(folder: RunFolder) -> None:
-    folder.write_step(1, 7, {"a": jnp.ones((2, 3))}, META, keep=2)
-    step = folder.steps / "00000007-0001"
+def test_a_wrong_shape_or_dtype_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", {"a": jnp.ones((2, 3))}, {})
     with pytest.raises(DamagedError, match=r"a is float32\[2, 3\], expected float32\[3, 2\]"):
-        checkpoint.read_tree(step, {"a": jnp.ones((3, 2))})
+        checkpoint.read_tree(tmp_path / "a", {"a": jnp.ones((3, 2))})
     with pytest.raises(DamagedError, match="expected bfloat16"):
-        checkpoint.read_tree(step, {"a": jnp.ones((2, 3), jnp.bfloat16)})
+        checkpoint.read_tree(tmp_path / "a", {"a": jnp.ones((2, 3), jnp.bfloat16)})
     with pytest.raises(DamagedError, match="b is only on one side"):
-        checkpoint.read_tree(step, {"a": jnp.ones((2, 3)), "b": jnp.ones(1)})
+        checkpoint.read_tree(tmp_path / "a", {"a": jnp.ones((2, 3)), "b": jnp.ones(1)})
 
 
-def test_old_steps_go_and_what_they_alone_needed(folder: RunFolder) -> None:
-    parts = []
-    for step, stack in ((1, 0), (2, 0), (3, 1), (4, 1)):
-        parts.append(folder.write_part(f"{stack:04d}", {"a": jnp.full(2, stack)}, f"{stack}" * 64))
-        folder.write_step(0, step, {}, {"parts": {**META["parts"], "stacks": {str(stack): parts[-1]}}}, keep=2)
-        assert {path.name for path in folder.stacks.iterdir()} == set(parts[-2:])
-    assert [path.name for path in checkpoint.committed(folder.steps)] == ["00000003-0000", "00000004-0000"]
+def test_a_copy_under_another_name_is_refused(folder: Path) -> None:
+    shutil.copytree(folder, folder.with_name("two"))
+    with pytest.raises(DamagedError, match="it is a copy of one"):
+        checkpoint.read_meta(folder.with_name("two"))
 
 
-def test_a_folder_without_a_manifest_does_not_exist(folder: RunFolder, tiny: Any) -> None:
-    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
-    folder.write_step(0, 2, {"a": jnp.ones(2)}, META, keep=2)
-    (folder.steps / "00000002-0000" / "manifest.json").unlink()
-    folder.unlock()
-    latest = checkpoint.latest_step(folder.path)
-    assert latest is not None
-    assert latest.name == "00000001-0000"
-    RunFolder(folder.path, tiny())
-    assert not (folder.steps / "00000002-0000").exists()
+def test_another_format_is_refused_but_not_called_damaged(tmp_path: Path) -> None:
+    """A folder as the first format had it: no number and no name in meta.json."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "meta.json").write_text('{"step": 3}')
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps({"format": 1, "meta": "0" * 64, "arrays": {}}))
+    with pytest.raises(DamagedError, match="does not match"):
+        checkpoint.read_meta(tmp_path / "old")
+    digest = hashlib.sha256(b'{"step": 3}').hexdigest()
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps({"format": 1, "meta": digest, "arrays": {}}))
+    with pytest.raises(FormatError, match=r"format 1, this version of stackwise_jax reads 2; .* another --workdir"):
+        checkpoint.read_meta(tmp_path / "old")
 
 
-def test_a_part_is_written_once(folder: RunFolder) -> None:
-    reference = folder.write_part("0000", {"a": jnp.ones(2)}, "a" * 64)
-    written = (folder.stacks / reference / "manifest.json").stat().st_mtime_ns
-    assert folder.write_part("0000", {"a": jnp.ones(2)}, "a" * 64) == reference
-    assert (folder.stacks / reference / "manifest.json").stat().st_mtime_ns == written
-    assert folder.write_part("0000", {"a": jnp.zeros(2)}, "b" * 64) != reference
-
-
-def test_a_folder_of_another_config_is_refused_untouched(folder: RunFolder, tiny: Any) -> None:
-    folder.unlock()
-    RunFolder(folder.path, tiny(seed=5)).unlock()  # nothing has been saved yet: the folder is taken over
-    RunFolder(folder.path, tiny()).unlock()
-    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
-    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"seed=0 \(now 5\).*another --workdir"):
-        RunFolder(folder.path, tiny(seed=5))
-    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
-    RunFolder(folder.path, tiny(checkpoint__keep=5, logging__every_steps=3))  # these may change
-
-
-def test_a_run_of_another_text_is_not_continued(folder: RunFolder) -> None:
-    folder.require_corpus("xyz")
-    folder.require_corpus("abc")
-    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
-    folder.require_corpus("abc")
-    with pytest.raises(UserError, match="another corpus"):
-        folder.require_corpus("abd")
-
-
-@pytest.mark.parametrize("kind", ["a file", "a folder of something else"])
-def test_what_is_no_run_folder_is_refused(kind: str, tiny: Any, tmp_path: Path) -> None:
-    path = tmp_path / "thing"
-    if kind == "a file":
-        path.write_text("mine")
-    else:
-        path.mkdir()
-        (path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="not a run folder"):
-        RunFolder(path, tiny())
-    assert not (tmp_path / "thing" / "config.json").exists()
-
-
-def test_a_broken_config_json_is_one_line(folder: RunFolder, tiny: Any) -> None:
-    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
-    (folder.path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as a config"):
-        RunFolder(folder.path, tiny())
-
-
-def test_the_manifest_is_what_commits(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash while the manifest is written leaves the step before it as the newest."""
-    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
-    original = checkpoint.write_text
-
-    def crash(path: Path, text: str) -> None:
-        if path.name == "manifest.json":
-            raise OSError("No space left on device")
-        original(path, text)
-
-    monkeypatch.setattr(checkpoint, "write_text", crash)
-    with pytest.raises(OSError, match="No space left"):
-        folder.write_step(0, 2, {"a": jnp.ones(2)}, META, keep=2)
-    latest = checkpoint.latest_step(folder.path)
-    assert latest is not None
-    assert checkpoint.read_meta(latest)["step"] == 1
-
-
-def test_digests_are_read_not_trusted(folder: RunFolder) -> None:
-    """The twin of the flipped bytes: with the digest of the flipped array in the manifest nothing is noticed."""
-    folder.write_step(0, 1, {"a": jnp.ones(4)}, META, keep=2)
-    step = folder.steps / "00000001-0000"
-    folder.write_step(0, 2, {"a": jnp.zeros(4)}, META, keep=2)
-    other = folder.steps / "00000002-0000"
-    shutil.rmtree(step / "arrays")
-    shutil.copytree(other / "arrays", step / "arrays")
+def test_digests_are_read_not_trusted(tmp_path: Path) -> None:
+    """The twin of the flipped bytes: with the digest of the other array in the manifest nothing is noticed."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    write_folder(one, {"a": jnp.ones(4)}, {})
+    write_folder(other, {"a": jnp.zeros(4)}, {})
+    shutil.rmtree(one / "arrays")
+    shutil.copytree(other / "arrays", one / "arrays")
     with pytest.raises(DamagedError, match="digest of a"):
-        checkpoint.read_tree(step, {"a": jnp.ones(4)})
-    manifest = json.loads((step / "manifest.json").read_text())
+        checkpoint.read_tree(one, {"a": jnp.ones(4)})
+    manifest = json.loads((one / "manifest.json").read_text())
     manifest["arrays"] = json.loads((other / "manifest.json").read_text())["arrays"]
-    (step / "manifest.json").write_text(json.dumps(manifest))
-    assert float(checkpoint.read_tree(step, {"a": jnp.ones(4)})["a"][0]) == 0.0
+    (one / "manifest.json").write_text(json.dumps(manifest))
+    assert float(checkpoint.read_tree(one, {"a": jnp.ones(4)})["a"][0]) == 0.0
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tiny: Any, tmp_path: Path) -> None:
-    """Not even one that has a config.json and a folder called steps."""
-    (tmp_path / "steps" / "step1").mkdir(parents=True)
-    (tmp_path / "steps" / "step1" / "precious.bin").write_bytes(b"mine")
-    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    with pytest.raises(UserError, match="unknown config field architectures"):
-        RunFolder(tmp_path, tiny())
-    assert (tmp_path / "steps" / "step1" / "precious.bin").read_bytes() == b"mine"
-    assert "GPT2" in (tmp_path / "config.json").read_text()
+class PowerCutError(Exception):
+    """Stands for the power cut: no handler of ours may clean up after it."""
 
 
-def test_stray_files_are_left_alone(folder: RunFolder) -> None:
-    for place in (folder.steps, folder.stacks):
-        (place / ".DS_Store").write_text("x")
-        (place / "mine").mkdir()
-    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=1)
-    folder.write_step(0, 2, {"a": jnp.ones(2)}, META, keep=1)
-    assert {path.name for path in folder.steps.iterdir()} == {".DS_Store", "mine", "00000002-0000"}
-    assert {path.name for path in folder.stacks.iterdir()} == {".DS_Store", "mine"}
+def test_a_cut_anywhere_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dies at every fsync and rename of our own in turn; under its own name the folder is whole or absent."""
+    calls = [0]
+    at = [0]
+
+    def dying(original: Any) -> Any:
+        def call(*args: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == at[0]:
+                raise PowerCutError
+            return original(*args)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", dying(os.fsync))
+    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(Path, "replace", dying(Path.replace))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a dead process removes nothing
+    outcomes = set()
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        calls[0], at[0] = 0, number
+        try:
+            write_folder(folder, {"a": jnp.ones(4)}, {})
+        except PowerCutError:
+            outcomes.add(folder.exists())
+        else:
+            break
+        if folder.exists():
+            checkpoint.verify(folder)
+    assert number > 10
+    assert outcomes == {False, True}  # only the last, the parent folder's own sync, comes after the renaming
 
 
-def test_a_part_that_a_step_needs_is_not_swept(folder: RunFolder, tiny: Any) -> None:
-    part = folder.write_part("0000", {"a": jnp.ones(2)}, "c" * 64)
-    folder.write_step(0, 1, {}, {"parts": {**META["parts"], "stacks": {"0": part}}}, keep=2)
-    (folder.stacks / part / "manifest.json").unlink()
-    folder.unlock()
-    RunFolder(folder.path, tiny())
-    assert (folder.stacks / part / "arrays").exists()
+def full(*args: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_two_runs_do_not_share_a_folder(folder: RunFolder, tiny: Any) -> None:
-    with pytest.raises(UserError, match="in use by another run"):
-        RunFolder(folder.path, tiny())
-    folder.unlock()
-    RunFolder(folder.path, tiny())
+def test_a_full_disk_leaves_nothing_and_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "write_text", full)
+    with pytest.raises(StorageError, match=r"No space left on device \(needs about 8.0 KiB, .* are free\)"):
+        write_folder(tmp_path / "a", {"a": jnp.ones(2048)}, {})
+    assert list(tmp_path.iterdir()) == []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(checkpoint, "_write_contents", lambda *args: pytest.fail("it could have known"))
+    with pytest.raises(StorageError, match=r"No space left on device .* 100 B are free"):
+        write_folder(tmp_path / "a", {"a": jnp.ones(2048)}, {})
 
 
-def test_what_is_damaged_comes_with_a_remedy(folder: RunFolder) -> None:
-    folder.write_step(0, 1, {"a": jnp.ones(2)}, META, keep=2)
-    (folder.steps / "00000001-0000" / "meta.json").write_text("[]")
-    with pytest.raises(DamagedError, match="remove that folder to continue from the snapshot before it"):
-        checkpoint.read_meta(folder.steps / "00000001-0000")
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from stackwise_jax.train.checkpoint import StorageError, write_folder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    write_folder(Path(sys.argv[1]), {"a": np.random.default_rng(0).normal(size=100_000)}, {})
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_what_the_system_refuses_to_write_is_one_line(tmp_path: Path) -> None:
+    """Not a stand-in: a process that may write files of 100 kB at most, through Orbax and all."""
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "File too large (needs about 781.2 KiB" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_read_back_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = np.ones(4, np.float32)
+    with pytest.raises(StorageError, match="reads back other bytes"):
+        write_folder(tmp_path / "a", {"a": right}, {}, {"a": "0" * 64})
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_small_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write_text(tmp_path / "x", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_text(tmp_path / "x", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]

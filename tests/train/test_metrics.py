@@ -84,3 +84,49 @@ def test_the_peak_is_configured_or_known_or_absent() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (3725, "1h02m"), (-3, "0s")])
 def test_times_for_people(seconds: float, text: str) -> None:
     assert readable_time(seconds) == text
+
+
+def test_a_full_disk_gets_its_lines_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes nothing, then ten bytes, then everything."""
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    file, room = writer._file, [0, 10]
+
+    class Full:
+        def write(self, content: bytes) -> int:
+            left = room.pop(0) if room else len(content)
+            if not left:
+                raise OSError(28, "No space left on device")
+            return file.write(content[:left])
+
+    writer._file = Full()
+    for step in range(1, 4):
+        writer.write("train", step, {"loss": float(step)})
+    file.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_what_was_measured_at_the_resumed_step_is_not_written_twice(tmp_path: Path) -> None:
+    for loss in (1.0, 2.0):
+        writer = MetricsWriter(tmp_path, resume_step=3)
+        writer.write("held_out", 3, {"phase": "stack_0000", "loss": loss})
+        writer.write("held_out", 3, {"phase": "stack_0001", "loss": loss})
+        writer.write("held_out", 4, {"phase": "stack_0001", "loss": loss})
+        writer.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(3, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_a_full_disk_ends_tensorboard_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics._Board, "write", full)
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    for step in (1, 2):
+        writer.write("train", step, {"loss": 2.5})
+    writer.close()
+    assert len(lines(tmp_path)) == 2
+    assert capsys.readouterr().err == (
+        "warning: TensorBoard files end at step 1: No space left on device; metrics.jsonl goes on\n"
+    )
