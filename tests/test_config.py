@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stackwise_jax import config as config_lib
 from stackwise_jax.config import budget_steps, default, differences, from_json, resolve, to_json
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
