@@ -5,9 +5,12 @@ rule, so that a checker that sees nothing cannot pass.
 """
 
 import ast
+import builtins
+import dis
 import re
 import runpy
 import subprocess
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -357,3 +360,38 @@ def test_readme_tree_detects_missing_and_stale_files():
 def test_readme_trees_that_cannot_be_read_are_refused(change: Any):
     with pytest.raises(ValueError, match=r"fenced|indented|twice"):
         parse_tree(SMALL_TREE.replace(*change))
+
+
+# --- names ---
+
+
+def global_names(code: types.CodeType) -> set[str]:
+    """The names that a module's code, and all code inside it, reads from the module or the builtins."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    reads = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return reads.union(*(global_names(part) for part in inner))
+
+
+def undefined(source: str, path: str) -> set[str]:
+    """Names that a module reads and nothing in it ever binds; linters cannot say, because shapes look like names."""
+    tree = ast.parse(source)
+    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    named = ast.FunctionDef | ast.ClassDef | ast.ExceptHandler
+    bound |= {node.name or "" for node in ast.walk(tree) if isinstance(node, named)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    bound |= {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+    known = (
+        bound
+        | set(dir(builtins))
+        | {"__file__", "__name__", "__doc__", "__annotations__", "__qualname__", "__module__"}
+    )
+    return global_names(compile(source, path, "exec")) - known
+
+
+def test_every_name_is_defined() -> None:
+    found = {path: undefined((ROOT / path).read_text(encoding="utf-8"), path) for path in PACKAGE + CONFIGS}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_an_undefined_name_is_found() -> None:
+    assert undefined("import math\ndef f(x):\n    return math.pi + placment.y + len(x)\n", "m.py") == {"placment"}

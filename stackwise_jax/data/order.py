@@ -5,11 +5,12 @@ The order is a function of the seed and the number of the batch alone, so a stre
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Int64
 
-from stackwise_jax.data.permutation import permutation
+from stackwise_jax.data.permutation import mixed, permutation, permuted
 from stackwise_jax.errors import UserError
 
 _CHUNKS, _ROWS = 0, 1  # streams of random orders
@@ -117,8 +118,8 @@ class Order:
         stay, times_in_stay = divmod(window_pass, layout.window_visits)
         times_before, window = divmod(stay, layout.n_windows)
         times = times_before * layout.window_visits + times_in_stay
-        inside = permutation(layout.chunks_per_window, self.seed, _CHUNKS, times, window)[place]
-        return ChunkVisit(window * layout.chunks_per_window + int(inside), times)
+        inside = _chunk_at(place, layout.chunks_per_window, self.seed, times, window)
+        return ChunkVisit(window * layout.chunks_per_window + inside, times)
 
     def window(self, index: int) -> int:
         """The window that batch `index` comes out of."""
@@ -131,3 +132,12 @@ class Order:
         places = permutation(self.layout.rows_per_chunk, self.seed, _ROWS, number)
         places = places[batch_in_chunk * self.batch_size : (batch_in_chunk + 1) * self.batch_size]
         return visit.chunk * self.layout.rows_per_chunk + places, visit.times
+
+
+@functools.lru_cache(maxsize=64)
+def _chunk_at(place: int, n_chunks: int, *seeds: int) -> int:
+    """The chunk at a place of an order of its own for all seeds, found without making that order."""
+    key = np.zeros(1, np.uint64)
+    for seed in (_CHUNKS, *seeds):
+        key = mixed(key, np.array([seed], np.uint64))
+    return int(permuted(np.array([place]), n_chunks, key)[0])

@@ -110,16 +110,13 @@ class ActivationCache:
         self._store.flush()
         self._trunk = trunk
 
-    def expect(self, upcoming: Sequence[tuple[int, int]]) -> None:
-        """Begins to bring (chunk, variant) pairs closer that will be read soon.
+    def read(self, batch: Batch, *, upcoming: Sequence[tuple[int, int]] = ()) -> Float[Array, "B T D"]:
+        """Returns the rows of a batch, in its order. All of them lie in one chunk and variant.
 
-        Call it once the work before has been issued with all its inputs: small copies must not queue behind large ones.
+        Args:
+          upcoming: (chunk, variant) pairs that will be read soon; they are brought closer meanwhile. Copies to the
+            device run one after another, so everything small that the step needs must be on its way already.
         """
-        for chunk, variant in upcoming:
-            self._store.expect(self._number(chunk, variant))
-
-    def read(self, batch: Batch) -> Float[Array, "B T D"]:
-        """Returns the rows of a batch, in its order. All of them lie in one chunk and variant."""
         if self._trunk is None:
             raise RuntimeError("the cache is empty or on its way to another trunk; it must not be read")
         row_ids = np.asarray(batch.row_ids)
@@ -134,7 +131,10 @@ class ActivationCache:
         while stored is None:  # it was damaged: it alone is computed again
             self._rebuild(number)
             stored = self._store.read(number)
-        return _gather(stored, (row_ids % self._rows_per_chunk).astype(np.int32), self._dtype, self._placement)
+        (offsets,) = self._placement.to_small((row_ids % self._rows_per_chunk).astype(np.int32))
+        for next_chunk, next_variant in upcoming:
+            self._store.expect(self._number(next_chunk, next_variant))
+        return _gather(stored, offsets, self._dtype, self._placement)
 
     def clear(self) -> None:
         """Forgets every chunk, also those on disk."""
@@ -164,11 +164,11 @@ class ActivationCache:
         forward = trunk.stacks[depth]()
         for number, following in zip(numbers, [*numbers[1:], None], strict=True):
             stored = self._store.take(number)
-            advanced = None if stored is None else self._advanced(number, stored, forward)
-            if following is not None:  # only now: the rows' tokens must not wait behind a chunk
+            batches = list(self._batches(number))  # their tokens go first: they would wait behind a chunk
+            if following is not None:
                 self._store.expect(following)
-            if advanced is not None:
-                self._store.put(number, trunk.chain[depth + 1], advanced)
+            if stored is not None:
+                self._store.put(number, trunk.chain[depth + 1], self._advanced(stored, batches, forward))
             yield
 
     def _rebuild(self, number: int) -> None:
@@ -186,8 +186,10 @@ class ActivationCache:
         assert stored is not None
         return stored
 
-    def _advanced(self, number: int, stored: Stored, forward: Callable[[Array, Batch], Array]) -> Stored:
-        for offset, batch in self._batches(number):
+    def _advanced(
+        self, stored: Stored, batches: Sequence[tuple[int, Batch]], forward: Callable[[Array, Batch], Array]
+    ) -> Stored:
+        for offset, batch in batches:
             x = forward(_slice(stored, offset, self._batch_size, self._dtype, self._placement), batch)
             stored = _write(stored, x, offset, self._precision, self._placement)
         return stored

@@ -2,7 +2,7 @@
 
 A mesh has two axes. Rows of a batch are spread over both; every matrix of weights, with its gradient and its optimiser
 state, is cut along `fsdp` and brought together only where it is used, one block at a time (ZeRO stage 3, Rajbhandari et
-al., 2020). Without a mesh every method here returns what it is given, so one device runs the program it always ran.
+al., 2020). Without a mesh nothing is constrained, so one device runs the program it always ran.
 """
 
 import dataclasses
@@ -127,7 +127,12 @@ class Placement:
 
     def to_rows(self, tree: Any) -> Any:
         """Spreads arrays over the devices by their leading axis; every process holds the same whole arrays."""
-        return tree if self.mesh is None else jax.tree.map(lambda leaf: _put(leaf, self._at(_ALL)), tree)
+        return to_device(tree) if self.mesh is None else jax.tree.map(lambda leaf: _put(leaf, self._at(_ALL)), tree)
+
+    def to_small(self, *arrays: np.ndarray | np.generic) -> tuple[Any, ...]:
+        """A step's own numbers and indices. On one device their copies begin now: before any large one, if it is asked
+        for later, since copies to a device run one after another."""
+        return to_device(arrays) if self.mesh is None else arrays
 
     def as_rows(self, tree: Any, *, axis: int = 0) -> Any:
         """Keeps arrays spread by `axis`, which counts rows."""

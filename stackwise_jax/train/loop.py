@@ -205,17 +205,10 @@ class Run:
         waited = time.perf_counter()
         batch = next(self.batches)
         self._clock.data_seconds += time.perf_counter() - waited
-        batch, activations = self.inputs.training_batch(phase, batch, position.step)
         fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
-        self.state, metrics = step_function(
-            self.state,
-            frozen,
-            batch,
-            activations,
-            np.asarray(fraction, np.float32),
-            np.asarray(position.step, np.int32),
-        )
-        self.inputs.look_ahead(phase, position.step)
+        scalars = self.program.placement.to_small(np.float32(fraction), np.int32(position.step))
+        batch, activations = self.inputs.training_batch(phase, batch, position.step)
+        self.state, metrics = step_function(self.state, frozen, batch, activations, *scalars)
         position.step += 1
         position.phase_step += 1
         position.done_flops += self.plan.step_flops[position.phase]

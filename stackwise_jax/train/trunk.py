@@ -167,14 +167,11 @@ class TrunkInputs:
         self._enter_window(phase, index)
         variant = np.mod(batch.visits, self._variants).astype(np.int32)
         batch = dataclasses.replace(batch, visits=variant)
-        return self._place.to_rows(batch), self._caches["train"].read(batch)
-
-    def look_ahead(self, phase: Phase, index: int) -> None:
-        """Begins to bring what the batches after number `index` need; call it when the step of that batch is issued."""
-        if phase.cached:
-            number = index // self._order.batches_per_chunk
-            visits = [self._order.visit(number + ahead) for ahead in (1, 2)]
-            self._caches["train"].expect([(visit.chunk, visit.times % self._variants) for visit in visits])
+        placed = self._place.to_rows(batch)
+        number = index // self._order.batches_per_chunk
+        visits = [self._order.visit(number + ahead) for ahead in (1, 2)]
+        upcoming = [(visit.chunk, visit.times % self._variants) for visit in visits]
+        return placed, self._caches["train"].read(batch, upcoming=upcoming)
 
     def held_out_batches(self, phase: Phase) -> Iterator[tuple[Batch, Array | None]]:
         """The held-out batches with the trunk's output for them."""
