@@ -108,7 +108,7 @@ def test_cache_is_recompute_detects_a_stale_cache(
 ) -> None:
     """The twin: an advance that stores what it read."""
 
-    def forget(stored: Any, x: Any, offset: Any, precision: str) -> Any:
+    def forget(stored: Any, x: Any, *_: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf + 0 * jnp.sum(x), stored)
 
     monkeypatch.setattr(activations, "_write", forget)
