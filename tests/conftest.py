@@ -74,6 +74,7 @@ def tiny(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyConfi
         entries.model.update({"vocab_size": 320, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48})
         entries.model.architecture.n_stacks = 3
         entries.data.update({"source": f"{tiny_text}/*.txt", "seq_len": 32, "cache_dir": str(cache)})
+        entries.data.max_rows = 240  # ten chunks
         entries.data.validation_fraction = 0.2
         entries.training.update({"batch_size": 4, "phase_budget": "6 steps", "embedding_budget": "4 steps"})
         entries.evaluation.rows = 16

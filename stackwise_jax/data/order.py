@@ -14,6 +14,7 @@ from stackwise_jax.data.permutation import mixed, permutation, permuted
 from stackwise_jax.errors import UserError
 
 _CHUNKS, _ROWS = 0, 1  # streams of random orders
+_SHORT = 4096  # chunks whose order is made as a whole, which is quicker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,9 @@ class Order:
 
 @functools.lru_cache(maxsize=64)
 def _chunk_at(place: int, n_chunks: int, *seeds: int) -> int:
-    """The chunk at a place of an order of its own for all seeds, found without making that order."""
+    """The chunk at a place of an order of its own for all seeds; a long order is not made to find it."""
+    if n_chunks <= _SHORT:
+        return int(permutation(n_chunks, _CHUNKS, *seeds)[place])
     key = np.zeros(1, np.uint64)
     for seed in (_CHUNKS, *seeds):
         key = mixed(key, np.array([seed], np.uint64))

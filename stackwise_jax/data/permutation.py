@@ -27,20 +27,21 @@ def permuted(places: Int64[np.ndarray, "B"], n: int, keys: UInt64[np.ndarray, "B
     on average at most, from 32 places on.
     """
     n_bits = max(_LEAST_BITS, (n - 1).bit_length())
+    words = _walk(places.astype(np.uint64), keys, n_bits)
+    while (outside := words >= n).any():
+        words[outside] = _walk(words[outside], keys[outside], n_bits)
+    return words.astype(np.int64)
+
+
+# Called for every row that is read: without shapes in their annotations, whose checks would take most of a test's time.
+def _walk(words: np.ndarray, keys: np.ndarray, n_bits: int) -> np.ndarray:
     low_bits = np.uint64((n_bits + 1) // 2)
     low_mask, high_mask = np.uint64(2 ** ((n_bits + 1) // 2) - 1), np.uint64(2 ** (n_bits // 2) - 1)
-
-    def walk(words: UInt64[np.ndarray, "m"], keys: UInt64[np.ndarray, "m"]) -> UInt64[np.ndarray, "m"]:
-        high, low = words >> low_bits, words & low_mask
-        for number in range(_ROUNDS):
-            high = high ^ (mixed(keys + np.uint64(2 * number), low) & high_mask)
-            low = low ^ (mixed(keys + np.uint64(2 * number + 1), high) & low_mask)
-        return (high << low_bits) | low
-
-    words = walk(places.astype(np.uint64), keys)
-    while (outside := words >= n).any():
-        words[outside] = walk(words[outside], keys[outside])
-    return words.astype(np.int64)
+    high, low = words >> low_bits, words & low_mask
+    for number in range(_ROUNDS):
+        high = high ^ (_finalised(_finalised(keys + np.uint64(2 * number)) ^ low) & high_mask)
+        low = low ^ (_finalised(_finalised(keys + np.uint64(2 * number + 1)) ^ high) & low_mask)
+    return (high << low_bits) | low
 
 
 def mixed(keys: UInt64[np.ndarray, "*B"], words: UInt64[np.ndarray, "*B"]) -> UInt64[np.ndarray, "*B"]:
@@ -48,7 +49,7 @@ def mixed(keys: UInt64[np.ndarray, "*B"], words: UInt64[np.ndarray, "*B"]) -> UI
     return _finalised(_finalised(keys) ^ words)
 
 
-def _finalised(words: UInt64[np.ndarray, "*B"]) -> UInt64[np.ndarray, "*B"]:
+def _finalised(words: np.ndarray) -> np.ndarray:
     words = words + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -226,8 +226,8 @@ def test_another_tokenizer_invalidates_the_cache(tiny: Any, tiny_corpus: Any, tm
 
 
 def test_plan_needs_no_corpus_and_states_the_costs(tiny: Any) -> None:
-    plan = make_plan(tiny(), None)
-    cached = make_plan(tiny(), 984)
+    plan = make_plan(tiny(data__max_rows=None), None)
+    cached = make_plan(tiny(data__max_rows=None), 984)
     assert plan.flops < cached.flops
     assert sum(cached.pass_flops) == pytest.approx(cached.flops - plan.flops)
 
