@@ -21,12 +21,12 @@ def run_command(
       argv: the program's name, then its arguments; None: those of the process.
     """
     argv = list(sys.argv) if argv is None else argv
-    if {"--help", "-h", "-help"} & set(argv):
-        names = sorted(options)
-        lines = [f"  --{name:<12} {options[name].help.splitlines()[0].rstrip(';')}" for name in names]
-        print("\n".join([about.strip(), "", "Flags:", *lines]))
-        return
     with one_line_errors():
+        if {"--help", "-h", "-help"} & set(argv):
+            names = sorted(options)
+            lines = [f"  --{name:<12} {options[name].help.splitlines()[0].rstrip(';')}" for name in names]
+            print("\n".join([about.strip(), "", "Flags:", *lines]), flush=True)
+            return
         parse_flags(options, argv)
         program(options)
 

@@ -51,10 +51,10 @@ def main(config: RunConfig) -> None:
 def run_program(program: Callable[[RunConfig], None], argv: list[str] | None = None) -> None:
     """Runs a program on the config of the command line; a user's mistake becomes one line and exit code 2."""
     argv = list(sys.argv) if argv is None else argv
-    if {"--help", "-h", "-help"} & set(argv):
-        print(help_text(inspect.getmodule(program)))
-        return
     with one_line_errors():
+        if {"--help", "-h", "-help"} & set(argv):
+            print(help_text(inspect.getmodule(program)), flush=True)
+            return
         program(load_config(argv))
 
 
