@@ -42,13 +42,13 @@ def test_baselines_count_and_score_what_the_model_does(isolate: bool, tiny: Any,
     inputs, targets, weights = report.scored_tokens(tiny(data__isolate_documents=isolate), tiny_corpus)
     scored = list(zip(inputs[weights > 0].tolist(), targets[weights > 0].tolist(), strict=True))
     assert scored == naive_pairs(tiny_corpus.validation, 16, isolate=isolate, bos=bos)
-    train = tiny_corpus.train.first(300)
+    train = tiny_corpus.train.first(200)
     counted = [
         pair
         for first, second in report.training_pairs(train, isolate_documents=isolate)
         for pair in zip(first.tolist(), second.tolist(), strict=True)
     ]
-    assert counted == naive_pairs(train, 300, isolate=isolate, bos=bos)
+    assert counted == naive_pairs(train, 200, isolate=isolate, bos=bos)
     assert any(after == bos for _, after in counted) == (not isolate)
 
 
