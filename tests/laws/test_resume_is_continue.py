@@ -99,8 +99,7 @@ MODES = {
 def test_resume_is_continue(mode: str, tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
     config = tiny(checkpoint__every_steps=3, logging__every_steps=1, **MODES[mode])
     whole = finish(config, tiny_corpus, tmp_path / "whole")
-    for steps in (2, 13):  # before the first snapshot, and inside a phase
-        stop_at(config, tiny_corpus, tmp_path / "stopped", "stepping", steps)
+    stop_at(config, tiny_corpus, tmp_path / "stopped", "stepping", 13)  # inside a phase, past a snapshot in it
     assert_bitwise(whole, finish(config, tiny_corpus, tmp_path / "stopped"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 

@@ -24,7 +24,7 @@ from stackwise_jax.train.checkpoint import DamagedError
 from stackwise_jax.train.folder import RunFolder, newest_snapshot
 from stackwise_jax.train.trained import load_trained
 
-CASES = int(os.environ.get("STACKWISE_DAMAGES", "24"))
+CASES = int(os.environ.get("STACKWISE_DAMAGES", "12"))
 
 
 @pytest.fixture(scope="module")
