@@ -2,25 +2,22 @@
 
 A person edits the locked `ConfigDict` that `default()` returns (in `configs/*.py` or by
 `--config.model.d_model=512`); the code reads the frozen `RunConfig` of `schema.py` that `resolve()` builds from it.
-`resolve()` is the only validator. Nothing heavy is imported, so that `--help` and a config error answer at once.
+`resolve()` is the only way to a `RunConfig`; what it refuses stands in `checks.py`. Nothing heavy is imported, so that
+`--help` and a config error answer at once.
 """
 
 import dataclasses
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stackwise_jax.checks import settle
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.schema import RunConfig
-
-PRECISIONS = ("fp32", "bf16")
-CACHE_PRECISIONS = (*PRECISIONS, "fp8")
-GROWING_MODES = ("layerwise", "blockwise", "stackwise")
 
 # Sections and fields that may differ when a run folder is continued: they change no number that a run computes, or by
 # rounding alone (a prepared corpus is checked by its digest, wherever it lies).
@@ -70,7 +67,7 @@ def resolve(config: Any) -> RunConfig:
       UserError: an unknown key, a wrong type, or values that do not fit together; one line.
     """
     entries = config.to_dict() if hasattr(config, "to_dict") else config
-    return _settle(_build(RunConfig, entries, ""))
+    return settle(_build(RunConfig, entries, ""))
 
 
 def _build(cls: type, entries: Any, prefix: str) -> Any:
@@ -100,266 +97,6 @@ def _checked(kind: Any, value: Any, field: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{field}={value} must be a finite number")
     return value
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
-
-
-def _one_of(field: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        names = ", ".join(map(str, allowed))
-        raise UserError(f"{field}={value!r} must be one of: {names}.{did_you_mean(str(value), map(str, allowed))}")
-
-
-def _settle(config: RunConfig) -> RunConfig:
-    """Checks single fields, fills derived ones, then checks fields against each other."""
-    _check_choices(config)
-    _check_ranges(config)
-    model, training = config.model, config.training
-    _require(
-        model.d_head is not None or model.d_model % model.n_heads == 0,
-        f"model.d_model={model.d_model} must be a multiple of model.n_heads={model.n_heads}, or set model.d_head",
-    )
-    progressive = training.progressive
-    mode = training.mode if progressive.enabled else "end_to_end"
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            model,
-            n_kv_heads=model.n_kv_heads or model.n_heads,
-            d_head=model.d_head or model.d_model // model.n_heads,
-            max_positions=model.max_positions or config.data.seq_len,
-        ),
-        training=dataclasses.replace(
-            training,
-            mode=mode,
-            progressive=dataclasses.replace(
-                progressive,
-                enabled=mode != "end_to_end",
-                new_stack_precision=progressive.new_stack_precision or config.precision.compute,
-            ),
-        ),
-    )
-    _check_model(config)
-    _check_training(config)
-    _check_data(config)
-    _check_mesh(config)
-    return config
-
-
-def _check_choices(config: RunConfig) -> None:
-    model, training = config.model, config.training
-    choices: dict[str, tuple[Any, tuple[str, ...]]] = {
-        "model.norm": (model.norm, ("rmsnorm", "layernorm")),
-        "model.norm_position": (model.norm_position, ("pre", "post")),
-        "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu")),
-        "model.positions": (model.positions, ("rotary", "learned", "none")),
-        "model.attention": (model.attention, ("causal", "bidirectional")),
-        "model.attention_implementation": (model.attention_implementation, ("auto", "reference", "xla", "cudnn")),
-        "objective.name": (config.objective.name, ("clm", "mlm")),
-        "objective.mask_form": (config.objective.mask_form, ("bernoulli", "count")),
-        "objective.replacement": (config.objective.replacement, ("bert", "mask")),
-        "training.mode": (training.mode, (*GROWING_MODES, "end_to_end")),
-        "training.embedding_phase": (training.embedding_phase, ("alone", "with_first_stack")),
-        "training.head": (training.head, ("live", "frozen", "copy")),
-        "training.remat": (training.remat, ("none", "dots", "full")),
-        "training.execution": (training.execution, ("auto", "fused", "chained")),
-        "training.progressive.trunk_strategy": (training.progressive.trunk_strategy, ("frozen",)),
-        "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
-        "optimizer.schedule": (config.optimizer.schedule, ("wsd", "cosine")),
-        "precision.compute": (config.precision.compute, PRECISIONS),
-        "precision.trunk": (config.precision.trunk, PRECISIONS),
-        "precision.cache": (config.precision.cache, CACHE_PRECISIONS),
-        "cache.tier": (config.cache.tier, ("auto", "device", "host", "disk")),
-        "cache.on_mismatch": (config.cache.on_mismatch, ("rebuild", "stop")),
-    }
-    for field, (value, allowed) in choices.items():
-        _one_of(field, value, allowed)
-    if training.progressive.new_stack_precision is not None:
-        _one_of("training.progressive.new_stack_precision", training.progressive.new_stack_precision, PRECISIONS)
-
-
-# Smallest allowed value of every number that has one; fractions are checked against [0, 1] besides.
-_AT_LEAST: dict[str, float] = {
-    "model.vocab_size": 16, "model.d_model": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_head": 1,
-    "model.d_ff": 1, "model.max_positions": 1, "model.norm_epsilon": 0, "model.rope_theta": 1, "model.init_std": 0,
-    "model.architecture.n_stacks": 1, "model.architecture.blocks_per_stack": 1,
-    "data.seq_len": 2, "data.max_bytes": 1, "data.max_rows": 1, "objective.mask_variants": 1, "seed": 0,
-    "training.block_group": 1, "training.batch_size": 1, "training.accumulation_steps": 1,
-    "training.loss_chunk_tokens": 1, "training.unroll_blocks": 1,
-    "optimizer.learning_rate": 0, "optimizer.muon_learning_rate": 0, "optimizer.head_learning_rate_scale": 0,
-    "optimizer.epsilon": 0, "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0,
-    "cache.chunk_bytes": 1, "cache.window_gib": 0, "cache.window_visits": 1,
-    "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1, "evaluation.rows": 1, "evaluation.every_steps": 1, "generation.samples": 0,
-    "generation.tokens": 1, "generation.temperature": 0, "generation.top_k": 0, "logging.every_steps": 1,
-    "logging.peak_flops": 1, "mesh.data": 1, "mesh.fsdp": 1, "mesh.processes": 1, "mesh.process_id": 0,
-}  # fmt: skip
-_FRACTIONS = (
-    "model.dropout", "data.validation_fraction", "objective.rate_min", "objective.rate_max", "optimizer.beta1",
-    "optimizer.beta2", "optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
-    "generation.top_p",
-)  # fmt: skip
-
-
-def _check_ranges(config: RunConfig) -> None:
-    def value_of(field: str) -> Any:
-        value: Any = config
-        for part in field.split("."):
-            value = getattr(value, part)
-        return value
-
-    for field, least in _AT_LEAST.items():
-        value = value_of(field)
-        _require(value is None or value >= least, f"{field}={value} must be at least {least:g}")
-    for field in _FRACTIONS:
-        _require(0.0 <= value_of(field) <= 1.0, f"{field}={value_of(field)} must lie between 0 and 1")
-    _require(config.seed < 2**32, f"seed={config.seed} must be below 2**32")
-    for field in ("model.dropout", "optimizer.beta1", "optimizer.beta2", "data.validation_fraction"):
-        _require(value_of(field) < 1.0, f"{field}={value_of(field)} must be below 1")
-
-
-def _check_model(config: RunConfig) -> None:
-    model, objective = config.model, config.objective
-    heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
-    d_head, max_positions = typing.cast(int, model.d_head), typing.cast(int, model.max_positions)
-    _require(heads % kv_heads == 0, f"model.n_heads={heads} must be a multiple of model.n_kv_heads={kv_heads}")
-    _require(
-        model.positions != "rotary" or d_head % 2 == 0,
-        f"model.d_head={d_head} must be even for rotary positions; set model.d_head or model.positions",
-    )
-    _require(
-        model.positions != "learned" or max_positions >= config.data.seq_len,
-        f"model.max_positions={max_positions} must be at least data.seq_len={config.data.seq_len}",
-    )
-    _require(
-        (objective.name == "clm") <= (model.attention == "causal"),
-        f"objective.name='clm' needs model.attention='causal', not {model.attention!r}: the answer would be visible",
-    )
-    _require(
-        (objective.name == "mlm") <= (objective.rate_max > 0.0),
-        "objective.rate_max=0 masks nothing; a masked objective needs a rate above 0",
-    )
-    _require(
-        objective.rate_min <= objective.rate_max,
-        f"objective.rate_min={objective.rate_min} must not exceed objective.rate_max={objective.rate_max}",
-    )
-
-
-def _check_training(config: RunConfig) -> None:
-    model, training, optimizer = config.model, config.training, config.optimizer
-    for field in ("phase_budget", "embedding_budget"):
-        budget_steps(getattr(training, field), 1, field=f"training.{field}")
-    _require(
-        training.mode != "blockwise" or model.n_blocks % training.block_group == 0,
-        f"training.block_group={training.block_group} must divide the {model.n_blocks} blocks of the rack",
-    )
-    _require(
-        training.batch_size % training.accumulation_steps == 0,
-        f"training.batch_size={training.batch_size} must be a multiple of "
-        f"training.accumulation_steps={training.accumulation_steps}",
-    )
-    _require(
-        training.head != "copy" or (model.ties_embedding and training.progressive.enabled),
-        "training.head='copy' unties a tied table when the embedding freezes: it needs model.ties_embedding=True "
-        f"and a mode that grows, not ties_embedding={model.ties_embedding} with mode={training.mode!r}",
-    )
-    _require(
-        optimizer.schedule != "wsd" or optimizer.warmup_fraction + optimizer.decay_fraction <= 1.0,
-        f"optimizer.warmup_fraction={optimizer.warmup_fraction} and decay_fraction={optimizer.decay_fraction} "
-        "must not exceed 1 together",
-    )
-
-
-def _check_data(config: RunConfig) -> None:
-    data = config.data
-    weighted_sources(data.source)
-    if data.validation_source:
-        weighted_sources(data.validation_source, field="data.validation_source")
-    _require(
-        bool(data.validation_source) or data.validation_fraction > 0.0,
-        "data.validation_fraction=0 leaves nothing to evaluate on; set it above 0 or give data.validation_source",
-    )
-    _require(
-        data.max_rows is None or data.max_rows < 2**31,
-        f"data.max_rows={data.max_rows} must be below 2**31, which is all rows that can be numbered",
-    )
-
-
-def weighted_sources(mixture: str, *, field: str = "data.source") -> list[tuple[str, float | None]]:
-    """Takes a mixture apart into sources and their weights, all given or all None.
-
-    >>> weighted_sources("books/*.txt@0.3; wiki/*.jsonl.xz@0.7")
-    [('books/*.txt', 0.3), ('wiki/*.jsonl.xz', 0.7)]
-    """
-    sources: list[tuple[str, float | None]] = []
-    for entry in filter(None, map(str.strip, mixture.split(";"))):
-        name, _, last = entry.rpartition("@")
-        try:
-            weight = float(last) if name else None
-        except ValueError:  # the @ is part of a name
-            weight = None
-        if weight is not None:
-            in_range = 1e-6 <= weight <= 1e6
-            _require(in_range, f"{field}={mixture!r} weighs {name!r} by {last}; weights lie between 1e-6 and 1e6")
-        sources.append((entry if weight is None else name.strip(), weight))
-    _require(bool(sources), f'{field}={mixture!r} names no source; give "embedded", files and globs, or tfds:NAME')
-    weights = [weight for _, weight in sources]
-    if None in weights and any(weights):
-        lacking = sources[weights.index(None)][0]
-        raise UserError(f"{field}={mixture!r} gives {lacking!r} no weight but others one; end all in @WEIGHT, or none")
-    return sources
-
-
-def _check_mesh(config: RunConfig) -> None:
-    mesh, training = config.mesh, config.training
-    devices, sizes = mesh.n_devices, f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp} must divide"
-    rows = training.batch_size // training.accumulation_steps
-    _require(rows % devices == 0, f"{sizes} the {rows} rows of training.batch_size / training.accumulation_steps")
-    caches = training.mode != "end_to_end" and training.progressive.cache_activations is not False
-    _require(
-        not caches or config.data.seq_len % devices == 0,
-        f"{sizes} data.seq_len={config.data.seq_len}, by which the activation cache is divided",
-    )
-    _require(
-        config.model.d_model % mesh.fsdp == 0,
-        f"mesh.fsdp={mesh.fsdp} must divide model.d_model={config.model.d_model}, so that every matrix can be divided",
-    )
-    named = (mesh.coordinator or None, mesh.processes, mesh.process_id)
-    _require(
-        named == (None, None, None) or (mesh.distributed and None not in named),
-        "mesh.coordinator, mesh.processes and mesh.process_id go together, and with mesh.distributed=True; "
-        f"they are {mesh.coordinator!r}, {mesh.processes} and {mesh.process_id}",
-    )
-    _require(
-        not mesh.distributed or config.cache.tier != "disk",
-        "cache.tier='disk' is for one process; with mesh.distributed=True set it to 'host', 'device' or 'auto'",
-    )
-
-
-_BUDGET = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)([kMB]?) +(steps?|tokens?)")
-_SCALE = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
-
-
-def budget_steps(budget: str, tokens_per_step: int, *, field: str = "budget") -> int:
-    """Converts a budget to whole update steps, rounding tokens up.
-
-    >>> budget_steps("200 steps", 4096), budget_steps("1M tokens", 4096)
-    (200, 245)
-    """
-    match = _BUDGET.fullmatch(budget.strip())
-    if match is None:
-        raise UserError(f'{field}={budget!r} must read like "200 steps", "5M tokens" or "1.2B tokens"')
-    number, scale, unit = match.groups()
-    amount = float(number.replace("_", "")) * _SCALE[scale]
-    _require(math.isfinite(amount), f"{field}={budget!r} is too large")
-    count = round(amount)
-    steps = count if unit.startswith("step") else math.ceil(count / tokens_per_step)
-    _require(steps >= 1, f"{field}={budget!r} must be at least one step")
-    return steps
 
 
 def to_json(config: RunConfig) -> str:

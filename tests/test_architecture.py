@@ -28,13 +28,14 @@ TESTS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("*
 
 # What each part may import of the package, besides itself. Parts that are not listed stand above training (programs,
 # evaluations, generation, benchmarks): they may import anything, and because no list names them, nothing below does.
-BASE = {"types", "errors", "schema", "config", ""}
+BASE = {"types", "errors", "schema", "config", "checks", ""}
 MAY_IMPORT = {
     "": set(),
     "types": set(),
     "errors": set(),
     "schema": set(),
-    "config": {"errors", "schema"},
+    "checks": {"errors", "schema"},
+    "config": {"checks", "errors", "schema"},
     "ops": BASE,
     "models": BASE | {"ops"},
     "objectives": BASE | {"ops", "models"},

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_jax import config as config_lib
-from stackwise_jax.config import budget_steps, default, differences, from_json, resolve, to_json
+from stackwise_jax.checks import budget_steps, weighted_sources
+from stackwise_jax.config import default, differences, from_json, resolve, to_json
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
 
@@ -143,7 +144,7 @@ def test_refusals_name_field_and_value(fields: dict[str, Any], words: list[str])
     ],
 )
 def test_mixtures_are_taken_apart(mixture: str, sources: list[tuple[str, float | None]]):
-    assert config_lib.weighted_sources(mixture) == sources
+    assert weighted_sources(mixture) == sources
 
 
 def test_a_tied_table_may_be_copied_when_the_embedding_freezes():

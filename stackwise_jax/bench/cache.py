@@ -19,6 +19,7 @@ from absl import flags
 
 from stackwise_jax import config as config_lib
 from stackwise_jax.bench.overrides import apply_overrides
+from stackwise_jax.checks import PRECISIONS
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.schema import RunConfig
 
@@ -60,7 +61,7 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_integer("rows", 4096, "Rows that are cached.", lower_bound=1, flag_values=options)
     flags.DEFINE_integer("chunk_mib", 128, "Activations that move together.", lower_bound=1, flag_values=options)
     flags.DEFINE_integer("steps", 60, "Steps a phase, 5 of them warm-up.", lower_bound=8, flag_values=options)
-    flags.DEFINE_enum("precision", "bf16", config_lib.PRECISIONS, "Of arithmetic and trunk.", flag_values=options)
+    flags.DEFINE_enum("precision", "bf16", PRECISIONS, "Of arithmetic and trunk.", flag_values=options)
     flags.DEFINE_string("cache", "bf16", "Storage of the cache: fp32, bf16 or fp8.", flag_values=options)
     flags.DEFINE_string("prepared", "", "A prepared corpus; empty: the embedded text.", flag_values=options)
     flags.DEFINE_string(

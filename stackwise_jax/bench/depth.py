@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from stackwise_jax import config as config_lib
+from stackwise_jax.checks import PRECISIONS
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
 
@@ -29,7 +30,7 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_integer("seq_len", 128, "Tokens a row.", flag_values=options)
     flags.DEFINE_integer("batch_size", 16, "Rows a step.", flag_values=options)
     flags.DEFINE_integer("steps", 40, "Steps a phase, 5 of them warm-up.", lower_bound=8, flag_values=options)
-    flags.DEFINE_enum("precision", "fp32", config_lib.PRECISIONS, "Of arithmetic and cache.", flag_values=options)
+    flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of arithmetic and cache.", flag_values=options)
     flags.DEFINE_bool("cache", True, "Keep the trunk's output.", flag_values=options)
     return options
 

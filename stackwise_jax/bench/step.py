@@ -19,6 +19,7 @@ from absl import flags
 from stackwise_jax import config as config_lib
 from stackwise_jax.bench import torch_step
 from stackwise_jax.bench.overrides import apply_overrides
+from stackwise_jax.checks import PRECISIONS
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.schema import RunConfig
 
@@ -82,7 +83,7 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_integer("seq_len", 512, "Tokens a row.", lower_bound=2, flag_values=options)
     flags.DEFINE_integer("batch_size", 32, "Rows a step.", lower_bound=1, flag_values=options)
     flags.DEFINE_integer("steps", 25, "Steps timed, after 5 of warm-up.", lower_bound=1, flag_values=options)
-    flags.DEFINE_enum("precision", "bf16", config_lib.PRECISIONS, "Of arithmetic.", flag_values=options)
+    flags.DEFINE_enum("precision", "bf16", PRECISIONS, "Of arithmetic.", flag_values=options)
     flags.DEFINE_multi_string("set", [], "A config field: --set=training.remat=dots; repeatable.", flag_values=options)
     flags.DEFINE_list("variants", [], f"Also: all, or some of {', '.join(VARIANTS)}.", flag_values=options)
     flags.DEFINE_bool("torch", None, "Also PyTorch; by default where it is installed.", flag_values=options)

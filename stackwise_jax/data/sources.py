@@ -1,7 +1,7 @@
 """Where text comes from: the Python standard library's own source, files, or TensorFlow Datasets; document by document.
 
 One source is "embedded", or entries separated by commas: files, globs, and `tfds:NAME`. (Several sources make a
-mixture: `config.weighted_sources` takes that apart.)
+mixture: `checks.weighted_sources` takes that apart.)
 """
 
 import glob

@@ -6,7 +6,7 @@ Every training mode is built here and nowhere else; the loop and the step only r
 import dataclasses
 import enum
 
-from stackwise_jax.config import budget_steps
+from stackwise_jax.checks import budget_steps
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
 
