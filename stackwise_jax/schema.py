@@ -87,6 +87,17 @@ class ProgressiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank parts trained beside settled stacks (LoRA; Hu et al., 2021), where a path gives a stack that role."""
+
+    rank: int = 8  # of every stack, or the largest of a pattern
+    ranks: str = "constant"  # constant | increasing | decreasing (in equal steps up to or down from rank) | "4,8,8,16"
+    alpha: float = 16.0  # the low-rank part is multiplied by alpha / rank
+    targets: str = "all"  # linear maps: all, or some of query,key,value,output,up,gate,down
+    learning_rate_scale: float = 1.0  # of optimizer.learning_rate; adapters are trained by AdamW, without decay
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """The curriculum and the step. A budget reads "200 steps", "1_500 steps", "5M tokens" or "1.2B tokens"."""
 
@@ -103,6 +114,7 @@ class TrainingConfig:
     unroll_blocks: int = 16  # blocks of a live stack compiled one after another; a larger stack is a loop over them
     loss_chunk_tokens: int = 2048  # tokens whose logits exist at once
     progressive: ProgressiveConfig = ProgressiveConfig()
+    adapters: AdapterConfig = AdapterConfig()
 
 
 @dataclasses.dataclass(frozen=True)
