@@ -88,6 +88,8 @@ def _check_choices(config: RunConfig) -> None:
         "training.progressive.trunk_strategy": (training.progressive.trunk_strategy, ("frozen",)),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.schedule": (config.optimizer.schedule, ("wsd", "cosine")),
+        "precision.weights": (config.precision.weights, PRECISIONS),
+        "precision.optimizer": (config.precision.optimizer, (*PRECISIONS, "int8")),
         "precision.compute": (config.precision.compute, PRECISIONS),
         "precision.trunk": (config.precision.trunk, PRECISIONS),
         "precision.cache": (config.precision.cache, CACHE_PRECISIONS),
@@ -104,6 +106,7 @@ def _check_choices(config: RunConfig) -> None:
 _AT_LEAST: dict[str, float] = {
     "model.vocab_size": 16, "model.d_model": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_head": 1,
     "model.d_ff": 1, "model.max_positions": 1, "model.norm_epsilon": 0, "model.rope_theta": 1, "model.init_std": 0,
+    "model.stability.residual_gain": 0, "model.stability.z_loss": 0,
     "model.architecture.n_stacks": 1, "model.architecture.blocks_per_stack": 1,
     "data.seq_len": 2, "data.max_bytes": 1, "data.max_rows": 1, "objective.mask_variants": 1, "seed": 0,
     "training.block_group": 1, "training.batch_size": 1, "training.accumulation_steps": 1,
@@ -137,6 +140,8 @@ def _check_ranges(config: RunConfig) -> None:
         _require(value is None or value >= least, f"{field}={value} must be at least {least:g}")
     for field in _FRACTIONS:
         _require(0.0 <= value_of(field) <= 1.0, f"{field}={value_of(field)} must lie between 0 and 1")
+    limit = config.model.stability.spectral_norm
+    _require(limit is None or limit > 0.0, f"model.stability.spectral_norm={limit} must be above 0, or None for none")
     _require(config.seed < 2**32, f"seed={config.seed} must be below 2**32")
     for field in ("model.dropout", "optimizer.beta1", "optimizer.beta2", "data.validation_fraction"):
         _require(value_of(field) < 1.0, f"{field}={value_of(field)} must be below 1")

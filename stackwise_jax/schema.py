@@ -16,6 +16,15 @@ class ArchitectureConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StabilityConfig:
+    """What bounds the residual branches, the matrices and the logits; all off by default."""
+
+    residual_gain: float | None = None  # a learned factor per block on what it adds, beginning here; None: none
+    spectral_norm: float | None = None  # limit on the largest singular value of live matrices of stacks; None: none
+    z_loss: float = 0.0  # weight of log(sum(exp(logits)))**2 in the training loss (PaLM: 1e-4); never in evaluations
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
 
@@ -40,6 +49,7 @@ class ModelConfig:
     attention_implementation: str = "auto"  # auto | reference | xla | cudnn; a named one that cannot serve is an error
     init_std: float = 0.02  # of every matrix; maps onto the residual stream start smaller
     architecture: ArchitectureConfig = ArchitectureConfig()
+    stability: StabilityConfig = StabilityConfig()
 
     @property
     def n_blocks(self) -> int:
@@ -138,8 +148,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """Storage and arithmetic. Master weights, optimiser state, losses and norms are float32."""
+    """Storage and arithmetic. Losses, norms, vectors and everything that is not named here are float32."""
 
+    weights: str = "fp32"  # live matrices of stacks: fp32 | bf16 (updates rounded stochastically, no float32 copy)
+    optimizer: str = "fp32"  # moments of matrices: fp32 | bf16 | int8 (blocks of 256), both rounded stochastically
     compute: str = "fp32"  # matmul inputs: fp32 | bf16
     trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16
     cache: str = "fp32"  # storage of cached activations: fp32 | bf16 | fp8 (E4M3, a scale per token)

@@ -20,6 +20,11 @@ def to_storage(params: Params, precision: str) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(DTYPES[precision]), params)
 
 
+def as_master(stack: Params, precision: str) -> Params:
+    """The weights of a live stack as they are trained: its matrices in `precision`, its vectors in float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(DTYPES[precision]) if leaf.ndim == 3 else leaf, stack)
+
+
 def item_bytes(precision: str) -> int:
     """Bytes of one number."""
     return jnp.dtype(DTYPES[precision]).itemsize

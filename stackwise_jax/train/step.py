@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.data.tokenizer import Tokenizer
@@ -211,7 +210,7 @@ def make_gradients(program: Program, signature: Signature) -> Callable[..., tupl
             lambda leaf: leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:]), (batch, activations)
         )
         split = place.as_rows(split, axis=1)
-        zero = (place.as_weights(jax.tree.map(jnp.zeros_like, live)), jnp.zeros(()), jnp.zeros(()))
+        zero = (place.as_weights(optimizer.widened(jax.tree.map(jnp.zeros_like, live))), jnp.zeros(()), jnp.zeros(()))
         return jax.lax.scan(body, zero, (jnp.arange(pieces), *split))[0]
 
     return gradients
@@ -226,7 +225,7 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
     """
     gradients = make_gradients(program, signature)
     config = program.config.optimizer
-    transforms = optimizer.make_transforms(config, scales_head=signature.embedding is Role.FROZEN)
+    transforms = optimizer.make_transforms(program.config, scales_head=signature.embedding is Role.FROZEN)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
@@ -239,9 +238,9 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
     ) -> tuple[TrainState, dict[str, Array]]:
         grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
         weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing has no gradient, not an undefined one
-        norm = optax.tree.norm(grads) / weight
+        norm = optimizer.gradient_norm(grads) / weight
         factor = optimizer.clip_scale(norm, config.clip_norm) / weight
-        grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
+        grads = optimizer.scaled(grads, factor)
         params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fraction)
         state = program.placement.as_weights(TrainState(params, states))
         return state, {"loss": total / weight, "gradient_norm": norm, "weight": weight}

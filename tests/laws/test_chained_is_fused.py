@@ -80,7 +80,7 @@ def test_chained_gradients_detect_a_missing_boundary(tiny: Any, monkeypatch: pyt
 
 def test_chained_step_is_fused_step(tiny: Any) -> None:
     program, signature, live, frozen, batch, x = setting(tiny, "all live, tied")
-    transforms = make_transforms(program.config.optimizer, scales_head=False)
+    transforms = make_transforms(program.config, scales_head=False)
     results = []
     for make in (make_train_step, make_chained_step):
         params = jax.tree.map(jnp.copy, live)
