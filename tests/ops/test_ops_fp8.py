@@ -19,8 +19,8 @@ def rounded(x: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 def drawn() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     draw = np.random.default_rng(0)
-    shapes, sizes = ((M, D), (D, F), (M, F)), (1.0, 0.02, 1e-7)  # a gradient that fp16 would lose
-    return tuple((size * draw.normal(size=shape)).astype(np.float32) for shape, size in zip(shapes, sizes, strict=True))
+    x, w, g = draw.normal(size=(M, D)), 0.02 * draw.normal(size=(D, F)), 1e-7 * draw.normal(size=(M, F))
+    return x.astype(np.float32), w.astype(np.float32), g.astype(np.float32)  # a gradient that fp16 would lose
 
 
 def test_product_and_gradients_are_the_references():
