@@ -7,7 +7,7 @@ device without fp8 units the same numbers are multiplied in wider ones.
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
@@ -34,19 +34,28 @@ def fp8_matmul(rows: Float[Array, "M D"], weight: Float[Array, "D F"]) -> Float[
 
 
 def _forward(rows: Float[Array, "M D"], weight: Float[Array, "D F"]) -> tuple[Array, _Residuals]:
-    """Keeps the operands in fp8 for the backward pass."""
+    """Keeps the operands in fp8 for the backward pass, as plain bytes.
+
+    `jax.checkpoint` reduces the precision of the floating-point arrays that it keeps to that of their own dtype, and by
+    IEEE 754, to which E4M3 does not keep, its numbers above 240 would become infinite.
+    """
     codes, scale = to_fp8(rows, E4M3)
     weight_codes, weight_scale = to_fp8(weight, E4M3)
     product = _product(codes, weight_codes, (1, 0), scale * weight_scale)
-    return product.astype(rows.dtype), (codes, scale, weight_codes, weight_scale)
+    return product.astype(rows.dtype), (_bytes(codes), scale, _bytes(weight_codes), weight_scale)
 
 
 def _backward(kept: _Residuals, gradient: Float[Array, "M F"]) -> tuple[Array, Array]:
-    codes, scale, weight_codes, weight_scale = kept
+    code_bytes, scale, weight_bytes, weight_scale = kept
+    codes, weight_codes = (jax.lax.bitcast_convert_type(kept_bytes, E4M3) for kept_bytes in (code_bytes, weight_bytes))
     gradient_codes, gradient_scale = to_fp8(gradient, E5M2)
     of_rows = _product(gradient_codes, weight_codes, (1, 1), gradient_scale * weight_scale)
     of_weight = _product(codes, gradient_codes, (0, 0), scale * gradient_scale)
     return of_rows.astype(gradient.dtype), of_weight.astype(gradient.dtype)
+
+
+def _bytes(codes: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
+    return jax.lax.bitcast_convert_type(codes, jnp.uint8)
 
 
 def _product(

@@ -1,5 +1,7 @@
 """fp8 matmuls against NumPy: E4M3 forward, E5M2 for the incoming gradient, a scale an operand, float32 sums."""
 
+from typing import Any
+
 import formats
 import jax
 import jax.numpy as jnp
@@ -55,3 +57,15 @@ def test_scales_take_the_largest_to_the_largest_and_nothing_to_nothing():
     assert not np.asarray(codes, np.float32).any()
     assert np.isfinite(scale)
     assert np.isnan(np.asarray(to_fp8(jnp.array([jnp.nan, 1.0]), E4M3)[0], np.float32)).any()  # what is none stays none
+
+
+@pytest.mark.parametrize("policy", ["everything_saveable", "nothing_saveable"])
+def test_rematerialisation_changes_no_number(policy: str):
+    x, w, _ = drawn()
+
+    def loss(x: Any, w: Any) -> Any:
+        return jnp.sum(jnp.tanh(matmul(x, w, dtype=jnp.float32, in_fp8=True)))
+
+    kept = jax.checkpoint(loss, policy=getattr(jax.checkpoint_policies, policy))
+    for found, wanted in zip(*(jax.jit(jax.grad(f, argnums=(0, 1)))(x, w) for f in (kept, loss)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
