@@ -82,7 +82,7 @@ class ProgressiveConfig:
 
     enabled: bool = True  # False: every stack is live in one phase, which is training.mode='end_to_end'
     trunk_strategy: str = "frozen"  # frozen
-    new_stack_precision: str | None = None  # compute precision of the live stack; None: precision.compute
+    new_stack_precision: str | None = None  # of live stacks: as precision.compute (None: the same), or fp8
     cache_activations: bool | None = None  # keep what the trunk puts out; None: wherever a path allows it
 
 
@@ -128,8 +128,8 @@ class OptimizerConfig:
 class PrecisionConfig:
     """Storage and arithmetic. Master weights, optimiser state, losses and norms are float32."""
 
-    compute: str = "fp32"  # matmul inputs: fp32 | bf16
-    trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16
+    compute: str = "fp32"  # matmul inputs: fp32 | bf16 | fp16 (with dynamic loss scaling)
+    trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16 | fp16 | fp8 | nvfp4 | nf4
     cache: str = "fp32"  # storage of cached activations: fp32 | bf16 | fp8 (E4M3, a scale per token)
 
 
