@@ -11,6 +11,10 @@ from stackwise_jax.schema import AdapterConfig, RunConfig
 
 PRECISIONS = ("fp32", "bf16")
 CACHE_PRECISIONS = (*PRECISIONS, "fp8")
+COMPUTE_PRECISIONS = (*PRECISIONS, "fp16")
+LIVE_PRECISIONS = (*COMPUTE_PRECISIONS, "fp8")
+QUANTISED = ("fp8", "nvfp4", "nf4")
+TRUNK_PRECISIONS = (*COMPUTE_PRECISIONS, *QUANTISED)
 GROWING_MODES = ("layerwise", "blockwise", "stackwise")
 LINEAR_MAPS = ("query", "key", "value", "output", "up", "gate", "down")
 RANK_PATTERNS = ("constant", "increasing", "decreasing")
@@ -90,8 +94,8 @@ def _check_choices(config: RunConfig) -> None:
         "optimizer.schedule": (config.optimizer.schedule, ("wsd", "cosine")),
         "precision.weights": (config.precision.weights, PRECISIONS),
         "precision.optimizer": (config.precision.optimizer, (*PRECISIONS, "int8")),
-        "precision.compute": (config.precision.compute, PRECISIONS),
-        "precision.trunk": (config.precision.trunk, PRECISIONS),
+        "precision.compute": (config.precision.compute, COMPUTE_PRECISIONS),
+        "precision.trunk": (config.precision.trunk, TRUNK_PRECISIONS),
         "precision.cache": (config.precision.cache, CACHE_PRECISIONS),
         "cache.tier": (config.cache.tier, ("auto", "device", "host", "disk")),
         "cache.on_mismatch": (config.cache.on_mismatch, ("rebuild", "stop")),
@@ -99,7 +103,7 @@ def _check_choices(config: RunConfig) -> None:
     for field, (value, allowed) in choices.items():
         _one_of(field, value, allowed)
     if training.progressive.new_stack_precision is not None:
-        _one_of("training.progressive.new_stack_precision", training.progressive.new_stack_precision, PRECISIONS)
+        _one_of("training.progressive.new_stack_precision", training.progressive.new_stack_precision, LIVE_PRECISIONS)
 
 
 # Smallest allowed value of every number that has one; fractions are checked against [0, 1] besides.
@@ -292,6 +296,12 @@ def _check_mesh(config: RunConfig) -> None:
     _require(
         config.model.d_model % mesh.fsdp == 0,
         f"mesh.fsdp={mesh.fsdp} must divide model.d_model={config.model.d_model}, so that every matrix can be divided",
+    )
+    trunk = config.precision.trunk
+    _require(
+        mesh.fsdp == 1 or trunk not in QUANTISED,
+        f"mesh.fsdp={mesh.fsdp} divides matrices, and quantised ones stay whole: precision.trunk={trunk!r} needs "
+        "mesh.fsdp=1 (mesh.data is free), or precision.trunk='bf16'",
     )
     named = (mesh.coordinator or None, mesh.processes, mesh.process_id)
     _require(

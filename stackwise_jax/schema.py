@@ -92,7 +92,7 @@ class ProgressiveConfig:
 
     enabled: bool = True  # False: every stack is live in one phase, which is training.mode='end_to_end'
     trunk_strategy: str = "frozen"  # frozen
-    new_stack_precision: str | None = None  # compute precision of the live stack; None: precision.compute
+    new_stack_precision: str | None = None  # of live stacks: as precision.compute (None: the same), or fp8
     cache_activations: bool | None = None  # keep what the trunk puts out; None: wherever a path allows it
 
 
@@ -152,8 +152,8 @@ class PrecisionConfig:
 
     weights: str = "fp32"  # live matrices of stacks: fp32 | bf16 (updates rounded stochastically, no float32 copy)
     optimizer: str = "fp32"  # moments of matrices: fp32 | bf16 | int8 (blocks of 256), both rounded stochastically
-    compute: str = "fp32"  # matmul inputs: fp32 | bf16
-    trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16
+    compute: str = "fp32"  # matmul inputs: fp32 | bf16 | fp16 (with dynamic loss scaling)
+    trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16 | fp16 | fp8 | nvfp4 | nf4
     cache: str = "fp32"  # storage of cached activations: fp32 | bf16 | fp8 (E4M3, a scale per token)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from jaxtyping import Key as PRNGKey
 
 Params = dict[str, Any]
@@ -65,6 +65,24 @@ class Example:
     weights: Float[AnyArray, "B T"]
     segments: Int[AnyArray, "B T"]
     positions: Int[AnyArray, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """Matrices in a storage format of `ops/quant.py`, which makes and reads them.
+
+    Attributes:
+      codes: one an entry, or two 4-bit ones a byte; leading axes as the matrices had them.
+      scales: by name, of blocks and of whatever is scaled besides, with the same leading axes.
+      kind: the format: fp8, nvfp4 or nf4.
+      shape: of one matrix, (D, F), without leading axes and without what fills up the last block.
+    """
+
+    codes: Shaped[Array, "*L _ F"]
+    scales: dict[str, Array]
+    kind: str = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)

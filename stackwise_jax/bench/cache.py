@@ -25,7 +25,7 @@ from stackwise_jax.schema import RunConfig
 
 WARMUP_STEPS = 5
 TIERS = ("device", "host", "disk")
-LOSS_TOLERANCE = 0.02  # nats, between tiers on an accelerator: cuDNN's gradients are not the same twice
+LOSS_TOLERANCE = 0.05  # nats, between tiers on an accelerator: cuDNN's gradients are not the same twice
 
 
 @dataclasses.dataclass(frozen=True)

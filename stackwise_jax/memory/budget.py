@@ -10,7 +10,7 @@ import typing
 
 import jax
 
-from stackwise_jax.memory.precision import item_bytes, token_bytes
+from stackwise_jax.memory.precision import item_bytes, token_bytes, weight_bytes
 from stackwise_jax.models import weights
 from stackwise_jax.schema import ModelConfig, RunConfig
 
@@ -24,6 +24,14 @@ def parameters_per_device(table: weights.Table, fsdp: int) -> int:
 def block_parameters(model: ModelConfig) -> int:
     """Parameters of one block."""
     return weights.count(weights.block_table(model))
+
+
+def stored_block_bytes(config: RunConfig, fsdp: int = 1) -> int:
+    """Bytes of one frozen block in trunk precision: of its share on one of `fsdp` devices that divide the matrices."""
+    leaves = jax.tree.leaves(weights.block_table(config.model), is_leaf=weights.is_weight)
+    return sum(
+        weight_bytes(weight.shape, config.precision.trunk) // (fsdp if weight.is_matrix else 1) for weight in leaves
+    )
 
 
 def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
@@ -70,7 +78,7 @@ class DeviceBytes:
     optimizer: int
     gradients: int
     frozen: int
-    gathered: int  # of weights that are divided among devices: what is whole at once
+    gathered: int  # of weights that are divided among devices or quantised: what is whole at once
     activations: int
     cache: int
 

@@ -1,13 +1,21 @@
 """What numbers are stored and multiplied as."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from stackwise_jax.types import Params
+from stackwise_jax.ops import quant
+from stackwise_jax.types import Params, Quantised
 
-DTYPES: dict[str, DTypeLike] = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn}
+DTYPES: dict[str, DTypeLike] = {
+    "fp32": jnp.float32,
+    "bf16": jnp.bfloat16,
+    "fp16": jnp.float16,
+    "fp8": jnp.float8_e4m3fn,
+}
 
 Stored = dict[str, Array]
 """Activations as the cache keeps them: "values", and for fp8 the "scales" that they are multiplied by."""
@@ -15,9 +23,43 @@ Stored = dict[str, Array]
 _FP8_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
 
+_encode = jax.jit(quant.encode, static_argnames="kind")
+
+
 def to_storage(params: Params, precision: str) -> Params:
-    """Casts every array of a frozen tree to its storage precision."""
-    return jax.tree.map(lambda leaf: leaf.astype(DTYPES[precision]), params)
+    """Converts a stack, with its leading block axis, to its storage precision: fp32, bf16, fp16 or a quantised format.
+
+    bf16 is of every array. The others are of matrices, and norms and biases stay as they are, in float32.
+    """
+    if precision in ("fp32", "bf16"):
+        return jax.tree.map(lambda leaf: leaf.astype(DTYPES[precision]), params)
+    return jax.tree.map(lambda leaf: _matrices_to_storage(leaf, precision) if leaf.ndim == 3 else leaf, params)
+
+
+def _matrices_to_storage(leaf: Float[Array, "L D F"], precision: str) -> Array | Quantised:
+    if precision in quant.FORMATS:
+        return _encode(leaf, kind=precision)
+    return leaf.astype(DTYPES[precision])
+
+
+def from_storage(params: Params, dtype: DTypeLike) -> Params:
+    """A stored stack as plain arrays of `dtype`, of the numbers that arithmetic in `dtype` reads from it."""
+    return jax.tree.map(
+        lambda leaf: _decode(leaf, dtype=dtype) if isinstance(leaf, Quantised) else jnp.asarray(leaf, dtype),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Quantised),
+    )
+
+
+_decode = jax.jit(quant.decode, static_argnames="dtype")
+
+
+def weight_bytes(shape: tuple[int, ...], precision: str) -> int:
+    """Bytes of a weight of one block, a matrix or a vector, as `to_storage` stores it."""
+    if precision in quant.FORMATS and len(shape) == 2:
+        return quant.stored_bytes((shape[0], shape[1]), precision)
+    is_cast = precision == "bf16" or len(shape) == 2
+    return math.prod(shape) * (item_bytes(precision) if is_cast else 4)
 
 
 def as_master(stack: Params, precision: str) -> Params:

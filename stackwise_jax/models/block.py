@@ -55,10 +55,10 @@ class Attention(nn.Module):
 
     model: ModelConfig
     dtype: DTypeLike
+    in_fp8: bool = False
 
     def setup(self) -> None:
-        self.query, self.key, self.value = Linear(self.dtype), Linear(self.dtype), Linear(self.dtype)
-        self.output = Linear(self.dtype)
+        self.query, self.key, self.value, self.output = (Linear(self.dtype, self.in_fp8) for _ in range(4))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, stored: KeyValues | None
@@ -84,11 +84,12 @@ class Block(nn.Module):
 
     model: ModelConfig
     dtype: DTypeLike
+    in_fp8: bool = False
 
     def setup(self) -> None:
         self.attention_norm, self.mlp_norm = Norm(self.model), Norm(self.model)
-        self.attention = Attention(self.model, self.dtype)
-        self.mlp = FeedForward(self.model, self.dtype)
+        self.attention = Attention(self.model, self.dtype, self.in_fp8)
+        self.mlp = FeedForward(self.model, self.dtype, self.in_fp8)
 
     def __call__(
         self,

@@ -17,9 +17,10 @@ class Linear(nn.Module):
     """x @ kernel + bias. Reads with `get_variable`, which leaves the storage of the kernel to `ops.matmul`."""
 
     dtype: DTypeLike
+    in_fp8: bool = False
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        y = matmul(x, self.get_variable("params", "kernel"), dtype=self.dtype)
+        y = matmul(x, self.get_variable("params", "kernel"), dtype=self.dtype, in_fp8=self.in_fp8)
         bias = self.get_variable("params", "bias")
         return y if bias is None else jnp.add(y, _as_row(bias.astype(self.dtype), y))
 
@@ -48,11 +49,12 @@ class FeedForward(nn.Module):
 
     model: ModelConfig
     dtype: DTypeLike
+    in_fp8: bool = False
 
     def setup(self) -> None:
-        self.up, self.down = Linear(self.dtype), Linear(self.dtype)
+        self.up, self.down = Linear(self.dtype, self.in_fp8), Linear(self.dtype, self.in_fp8)
         if self.model.ffn != "gelu":
-            self.gate = Linear(self.dtype)
+            self.gate = Linear(self.dtype, self.in_fp8)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         rows = x.reshape(-1, x.shape[-1])  # once, so that the backward pass keeps it once

@@ -48,6 +48,7 @@ def apply_stack(
     model: ModelConfig,
     *,
     dtype: DTypeLike,
+    in_fp8: bool = False,
     remat: str = "none",
     unroll: int = 1,
     key: Key | None = None,
@@ -56,15 +57,16 @@ def apply_stack(
     """Runs the blocks of a stack in turn.
 
     Args:
-      params: block parameters with a leading axis `L`.
+      params: block parameters with a leading axis `L`; kernels are arrays or `Quantised`.
       dtype: of matmul inputs and of the residual stream.
+      in_fp8: matmuls with arrays take their inputs on to fp8.
       remat: a key of `REMAT`.
       unroll: blocks in one turn of the loop; the whole stack or more: no loop, which spares the copies of what the
         backward pass keeps into and out of arrays with a block axis.
       key: for dropout; None leaves it out.
       around: is put around each block; on several devices it brings the block's weights together.
     """
-    block = Block(model, dtype)
+    block = Block(model, dtype, in_fp8)
     n_blocks = stack_size(params)
     keys = None if key is None or model.dropout == 0.0 else jax.random.split(key, n_blocks)
 

@@ -33,7 +33,7 @@ def attention(
       q, k, v: of one dtype; N is a multiple of K.
       mask: a `Mask` when the row attends to itself (T = S), or the array itself, b being B or 1. A row of the array
         without a visible key yields numbers without meaning; a `Mask` has none.
-      implementation: auto (cudnn where it can serve, else xla), reference, xla or cudnn.
+      implementation: auto (cudnn where it can serve, else xla; fp16 on a CPU: reference), reference, xla or cudnn.
       scale: of the logits; None: 1 / sqrt(H).
 
     Returns:
@@ -53,6 +53,10 @@ def attention(
     if isinstance(mask, Mask) and q.shape[1] != k.shape[1]:
         raise ValueError(f"a Mask is for a row that attends to itself, not {q.shape[1]} queries on {k.shape[1]} keys")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # JAX's call refuses the pair
+        if implementation == "xla":
+            raise UserError('model.attention_implementation="xla" has no fp16 on a CPU; use "auto" or "reference".')
+        implementation = "reference" if implementation == "auto" else implementation
     if implementation == "reference":
         visible = mask.as_array(q.shape[1]) if isinstance(mask, Mask) else mask
         return _reference(q, k, v, visible, scale)

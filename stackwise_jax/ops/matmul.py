@@ -3,21 +3,57 @@
 Every linear map of every model goes through `matmul`, so that how a weight is stored is decided here and nowhere else.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from stackwise_jax.ops.fp8 import fp8_matmul
 from stackwise_jax.ops.lowrank import LowRank, settled
+from stackwise_jax.ops.quant import decode
+from stackwise_jax.types import Quantised
 
 
-def matmul(x: Float[Array, "*B D"], weight: Float[Array, "D F"] | LowRank, *, dtype: DTypeLike) -> Float[Array, "*B F"]:
+def matmul(
+    x: Float[Array, "*B D"],
+    weight: Float[Array, "D F"] | Quantised | LowRank,
+    *,
+    dtype: DTypeLike,
+    in_fp8: bool = False,
+) -> Float[Array, "*B F"]:
     """Multiplies in `dtype` (both operands are cast to it); the accelerator accumulates in float32.
 
+    A quantised weight is decoded in front of the matmul: gradient passes through it to `x` and none to it. With
+    `in_fp8` the operands of an array, once in `dtype`, go on to fp8 (`ops/fp8.py`).
+
     Leading axes are folded into one: with two contracted axes XLA's gradient of the weight is twice as slow on a CPU.
-    A `LowRank` weight multiplies as its base and, beside it, through its rank.
+    A `LowRank` weight multiplies as its base and, beside it, through its rank, which is too narrow to gain from fp8.
     """
     if isinstance(weight, LowRank):
         beside = matmul(matmul(x, weight.a, dtype=dtype), weight.b, dtype=dtype)
-        return matmul(x, settled(weight.base), dtype=dtype) + weight.scale * beside
+        return matmul(x, settled(weight.base), dtype=dtype, in_fp8=in_fp8) + weight.scale * beside
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
-    return jnp.matmul(rows, weight.astype(dtype)).reshape(*x.shape[:-1], weight.shape[-1])
+    if isinstance(weight, Quantised):
+        product = _through_quantised(rows, weight)
+    elif in_fp8:
+        product = fp8_matmul(rows, weight.astype(dtype))
+    else:
+        product = jnp.matmul(rows, weight.astype(dtype))
+    return product.reshape(*x.shape[:-1], weight.shape[-1])
+
+
+@jax.custom_vjp
+def _through_quantised(rows: Float[Array, "M D"], weight: Quantised) -> Float[Array, "M F"]:
+    """rows @ weight. The backward pass decodes again instead of keeping every decoded matrix of a stack."""
+    return jnp.matmul(rows, decode(weight, rows.dtype))
+
+
+def _forward(rows: Float[Array, "M D"], weight: Quantised) -> tuple[Array, Quantised]:
+    return _through_quantised(rows, weight), weight
+
+
+def _backward(weight: Quantised, gradient: Float[Array, "M F"]) -> tuple[Array, None]:
+    return jnp.matmul(gradient, decode(weight, gradient.dtype).T), None
+
+
+_through_quantised.defvjp(_forward, _backward)

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import apply_head_norm, output_table
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.curriculum import Role, Signature
+from stackwise_jax.train.scaling import keep_where, loss_scale, next_scaling, scaling_metrics
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.train.step import Program, StepFunction, head_loss, join_parts
 from stackwise_jax.types import AnyArray, Batch, Example, Key, Params
@@ -38,7 +39,13 @@ class ChainedGradients:
         self._add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
 
     def __call__(
-        self, live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None
+        self,
+        live: Params,
+        frozen: Params,
+        batch: Batch,
+        activations: Array | None,
+        key: Key | None,
+        scale: Array | None = None,
     ) -> tuple[Params, Array, Array]:
         pieces, place = self.program.config.training.accumulation_steps, self.program.placement
         total: Any = None
@@ -50,14 +57,20 @@ class ChainedGradients:
             if pieces > 1:
                 batch_piece, activation_piece = place.to_rows((batch_piece, activation_piece))
             own_key = key if key is None or pieces == 1 else jax.random.fold_in(key, index)
-            piece = self._one_piece(live, frozen, batch_piece, activation_piece, own_key)
+            piece = self._one_piece(live, frozen, batch_piece, activation_piece, own_key, scale)
             if pieces > 1:
                 piece = self._widen(piece)
             total = piece if total is None else self._add(total, piece)
         return total
 
     def _one_piece(
-        self, live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None
+        self,
+        live: Params,
+        frozen: Params,
+        batch: Batch,
+        activations: Array | None,
+        key: Key | None,
+        scale: Array | None,
     ) -> tuple[Params, Array, Array]:
         body = self.signature.body
         parts = join_parts(live, frozen)
@@ -75,7 +88,7 @@ class ChainedGradients:
 
         near_head = {name: live[name] for name in ("embedding", "head") if name in live}
         settled = {name: frozen[name] for name in ("embedding", "head") if name in frozen}
-        loss, (grads, pull) = self._head(near_head, settled, x, example)
+        loss, (grads, pull) = self._head(near_head, settled, x, example, scale)
         grads["stacks"] = []
         for (_, role), stack, stack_key in reversed(list(zip(body, stacks, keys[1:], strict=True))):
             stack_grads, pull = self._vjp(role, stack, boundaries.pop(), context, stack_key, pull)
@@ -111,17 +124,22 @@ class ChainedGradients:
         return place.as_weights(grads), place.as_rows(pull)
 
     def _pull_head(
-        self, live: Params, frozen: Params, x: Array, example: Example
+        self, live: Params, frozen: Params, x: Array, example: Example, scale: Array | None
     ) -> tuple[Float[Array, ""], tuple[Params, Array]]:
         place = self.program.placement
-        loss, (grads, pull) = jax.value_and_grad(self._apply_head, argnums=(0, 2))(live, frozen, x, example)
+        grad = jax.value_and_grad(self._apply_head, argnums=(0, 2), has_aux=True)
+        (_, loss), (grads, pull) = grad(live, frozen, x, example, scale)
         return loss, (place.as_weights(grads), place.as_rows(pull))
 
-    def _apply_head(self, live: Params, frozen: Params, x: Array, example: Example) -> Float[Array, ""]:
+    def _apply_head(
+        self, live: Params, frozen: Params, x: Array, example: Example, scale: Array | None
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """(the loss that is differentiated, the loss)."""
         parts = {**frozen, **live}
         hidden = apply_head_norm(parts["head"], x.astype(self.program.dtype), self.model)
         table = output_table(parts["head"], parts.get("embedding", {}))
-        return head_loss(self.program, hidden, table, example)
+        loss = head_loss(self.program, hidden, table, example)
+        return loss if scale is None else loss * scale, loss
 
 
 def make_chained_step(program: Program, signature: Signature) -> StepFunction:
@@ -133,10 +151,19 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def update(
-        kind: str, params: Params, state: Any, grads: Params, factor: Float[Array, ""], fraction: Float[AnyArray, ""]
+        kind: str,
+        params: Params,
+        state: Any,
+        grads: Params,
+        factor: Float[Array, ""],
+        fraction: Float[AnyArray, ""],
+        is_finite: Bool[Array, ""] | None,
     ) -> tuple[Params, Any]:
         grads = optimizer.scaled(grads, factor)
-        return program.placement.as_weights(optimizer.update_part(transforms[kind], grads, state, params, fraction))
+        updated = optimizer.update_part(transforms[kind], grads, state, params, fraction)
+        if is_finite is not None:
+            updated = keep_where(is_finite, updated, (params, state))
+        return program.placement.as_weights(updated)
 
     def train_step(
         state: TrainState,
@@ -146,20 +173,27 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
         fraction: Float[AnyArray, ""],
         step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
-        grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
+        scale = loss_scale(state.scaling)
+        grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step), scale)
         weight = jnp.maximum(weight, 1.0)
-        norm = jnp.sqrt(sum(square(part) for part in _parts(grads))) / weight
-        factor = optimizer.clip_scale(norm, config.clip_norm) / weight
+        divisor = weight if scale is None else weight * scale
+        norm = jnp.sqrt(sum(square(part) for part in _parts(grads))) / divisor
+        factor = optimizer.clip_scale(norm, config.clip_norm) / divisor
+        is_finite = None if scale is None else jnp.isfinite(norm)
         params: Params = {}
         states: Params = {}
         for name, part in state.params.items():
             if isinstance(part, list):
                 triples = zip(part, state.optimizer[name], grads[name], strict=True)
-                pairs = [update(name, *triple, factor, fraction) for triple in triples]
+                pairs = [update(name, *triple, factor, fraction, is_finite) for triple in triples]
                 params[name], states[name] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             else:
-                params[name], states[name] = update(name, part, state.optimizer[name], grads[name], factor, fraction)
-        return TrainState(params, states), {"loss": total / weight, "gradient_norm": norm, "weight": weight}
+                triple = (part, state.optimizer[name], grads[name])
+                params[name], states[name] = update(name, *triple, factor, fraction, is_finite)
+        metrics = {"loss": total / weight, "gradient_norm": norm, "weight": weight}
+        if scale is not None:
+            metrics |= scaling_metrics(scale, jnp.isfinite(norm))
+        return TrainState(params, states, next_scaling(state.scaling, norm)), metrics
 
     return train_step
 

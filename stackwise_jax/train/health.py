@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory.budget import readable_bytes
 from stackwise_jax.train.plan import Plan, phase_device_bytes
+from stackwise_jax.train.scaling import LEAST_SCALE
 
 TRY = (
     "the run folder keeps the last good snapshot: lower optimizer.learning_rate, raise optimizer.warmup_fraction or "
@@ -23,9 +24,12 @@ def read_metrics(phase_step: int, metrics: dict[str, Array]) -> dict[str, float]
     """Fetches the metrics of a step.
 
     Raises:
-      UserError: the loss or the gradient norm is not a number.
+      UserError: the loss or the gradient norm is not a number. Where the loss is scaled, a step whose gradient was none
+        was skipped and reports no norm, as long as a smaller scale may help.
     """
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if math.isfinite(values["loss"]) and values.get("skipped") and values["loss_scale"] > LEAST_SCALE:
+        return {name: value for name, value in values.items() if name != "gradient_norm"}
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
         raise UserError(
             f"loss={values['loss']} and gradient norm={values['gradient_norm']} at phase step {phase_step}; {TRY}"

@@ -304,7 +304,7 @@ class Run:
             if name in phase.settles:
                 self._freeze(name, name, name, params.pop(name))
                 optimizer.pop(name)
-        self.state = TrainState(params, optimizer)
+        self.state = TrainState(params, optimizer, state.scaling)
 
     def _write_tap(self, stack: int, head: Params) -> str:
         """The head as it is after a stack, so that the rack can be read at that depth."""

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 
 from stackwise_jax import __version__
+from stackwise_jax.checks import QUANTISED
 from stackwise_jax.data.order import ChunkLayout, Order, chunk_layout, in_windows
 from stackwise_jax.memory import budget
 from stackwise_jax.memory.budget import readable_bytes, readable_count
@@ -173,7 +174,7 @@ def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
     trunk = phase.trunk[-1:] if phase.cached else phase.trunk
     stacks = [*trunk, *(stack for stack, role in phase.body if role is Role.FROZEN)]
     blocks = sum(sizes[stack] for stack in stacks)
-    frozen = blocks * count(weights.block_table(model)) * budget.item_bytes(config.precision.trunk)
+    frozen = blocks * budget.stored_block_bytes(config, config.mesh.fsdp)
     if phase.head is Role.FROZEN:
         frozen += 4 * count(weights.head_table(model, tied=not sig.head_has_table))
     if phase.embedding is Role.FROZEN and not (phase.cached and sig.head_has_table):
@@ -183,7 +184,7 @@ def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
         optimizer=budget.optimizer_bytes(config, live=live, live_in_stacks=in_stacks),
         gradients=4 * live,
         frozen=frozen,
-        gathered=_gathered_bytes(config) if config.mesh.fsdp > 1 else 0,
+        gathered=_gathered_bytes(config) if config.mesh.fsdp > 1 else _decoded_bytes(config) if stacks else 0,
         activations=budget.activation_bytes(config, sum(sizes[stack] for stack in phase.live_stacks)),
         cache=_cache_bytes_on_device(plan) if phase.cached else 0,
     )
@@ -193,6 +194,13 @@ def _gathered_bytes(config: RunConfig) -> int:
     """A block and the next one, and the output table, which are whole while they are used."""
     whole = 2 * budget.block_parameters(config.model) + config.model.vocab_size * config.model.d_model
     return whole * budget.item_bytes(config.precision.compute)
+
+
+def _decoded_bytes(config: RunConfig) -> int:
+    """A quantised block, decoded for its matmuls; 0 where the trunk is not quantised."""
+    if config.precision.trunk not in QUANTISED:
+        return 0
+    return budget.block_parameters(config.model) * budget.item_bytes(config.precision.compute)
 
 
 def _cache_bytes_on_device(plan: Plan) -> int:
@@ -205,9 +213,9 @@ def _cache_bytes_on_device(plan: Plan) -> int:
 
 def rack_bytes(config: RunConfig) -> int:
     """The finished rack as stored: blocks in trunk precision, embedding and head in float32."""
-    blocks = config.model.n_blocks * budget.block_parameters(config.model)
-    rest = count_parameters(config.model) - blocks
-    return blocks * budget.item_bytes(config.precision.trunk) + 4 * rest
+    n_blocks = config.model.n_blocks
+    rest = count_parameters(config.model) - n_blocks * budget.block_parameters(config.model)
+    return n_blocks * budget.stored_block_bytes(config) + 4 * rest
 
 
 def describe(plan: Plan) -> str:

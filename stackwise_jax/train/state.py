@@ -17,6 +17,7 @@ from stackwise_jax.models.rack import init_embedding, init_head, init_rack_stack
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import Phase, Role, Signature, stack_sizes
 from stackwise_jax.train.optimizer import init_part, make_transforms
+from stackwise_jax.train.scaling import init_scaling
 from stackwise_jax.types import Key, Params
 
 
@@ -28,10 +29,12 @@ class TrainState:
     Attributes:
       params: master weights of the live parts, float32 but for matrices of stacks where `precision.weights` says so.
       optimizer: optimiser state with the same parts.
+      scaling: of the loss, where something is computed in fp16 (`train/scaling.py`); else empty.
     """
 
     params: Params
     optimizer: Params
+    scaling: Params = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -56,7 +59,7 @@ class Frozen:
 
 
 def fresh_lasting_parts(config: RunConfig, key: Key, phase: Phase, signature: Signature) -> TrainState:
-    """Draws the live parts of a phase that outlast it, embedding and head, with fresh optimiser state."""
+    """Draws what outlasts a phase, embedding and head, with fresh optimiser state, and the first loss scale."""
     return make_placement(config.mesh).build(lambda: _draw_lasting_parts(config, key, phase, signature))
 
 
@@ -68,7 +71,7 @@ def _draw_lasting_parts(config: RunConfig, key: Key, phase: Phase, signature: Si
     if phase.head is Role.LIVE:
         own_table = dataclasses.replace(model, ties_embedding=not signature.head_has_table)
         params["head"] = jax.jit(init_head, static_argnums=1)(key, own_table)
-    return _with_optimizer(config, phase, params)
+    return dataclasses.replace(_with_optimizer(config, phase, params), scaling=init_scaling(config))
 
 
 def fresh_stacks(config: RunConfig, key: Key, phase: Phase) -> TrainState:
@@ -88,7 +91,8 @@ def _draw_stacks(config: RunConfig, key: Key, phase: Phase) -> TrainState:
 
 def join_states(first: TrainState, second: TrainState) -> TrainState:
     """The parts of both."""
-    return TrainState({**first.params, **second.params}, {**first.optimizer, **second.optimizer})
+    params, optimizer = {**first.params, **second.params}, {**first.optimizer, **second.optimizer}
+    return TrainState(params, optimizer, {**first.scaling, **second.scaling})
 
 
 def snapshot_shape(config: RunConfig, key: Key, phase: Phase, signature: Signature, *, inside: bool) -> TrainState:
@@ -123,7 +127,7 @@ def _untie_head(config: RunConfig, state: TrainState) -> TrainState:
     head = {**state.params["head"], "table": jnp.copy(state.params["embedding"]["tokens"])}
     transforms = make_transforms(config, scales_head=True)
     moments = _carry_over(state.optimizer["head"], init_part(transforms, "head", head))
-    return TrainState({**state.params, "head": head}, {**state.optimizer, "head": moments})
+    return TrainState({**state.params, "head": head}, {**state.optimizer, "head": moments}, state.scaling)
 
 
 def _with_optimizer(config: RunConfig, phase: Phase, params: Params) -> TrainState:

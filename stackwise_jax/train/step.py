@@ -24,6 +24,7 @@ from stackwise_jax.ops.loss import cross_entropy
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.curriculum import Role, Signature
+from stackwise_jax.train.scaling import keep_where, loss_scale, next_scaling, scaling_metrics
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.types import AnyArray, Batch, Example, Key, Params, Vocabulary
 
@@ -76,9 +77,9 @@ class Program:
 
     @property
     def live_dtype(self) -> Any:
-        """Arithmetic of live stacks."""
+        """Arithmetic of live stacks; with fp8 matmuls, of everything between these."""
         precision = self.config.training.progressive.new_stack_precision
-        return DTYPES[precision or self.config.precision.compute]
+        return self.dtype if precision in (None, "fp8") else DTYPES[precision]
 
     def apply_embedding(
         self, params: Params, inputs: Int[Array, "B T"], positions: Int[Array, "B T"], key: Key | None
@@ -99,6 +100,7 @@ class Program:
             context,
             self.config.model,
             dtype=self.live_dtype,
+            in_fp8=training.progressive.new_stack_precision == "fp8",
             remat=training.remat,
             unroll=training.unroll_blocks,
             key=key,
@@ -188,22 +190,36 @@ def head_loss(
 
 
 def make_gradients(program: Program, signature: Signature) -> Callable[..., tuple[Params, Array, Array]]:
-    """Returns (live, frozen, batch, activations, key) -> (summed gradients, summed loss, summed weight)."""
-    loss = functools.partial(path_loss, program, signature)
+    """Returns (live, frozen, batch, activations, key[, scale]) -> (summed gradients, summed loss, summed weight).
+
+    With a scale the gradients are those of the loss times it; the loss is not.
+    """
+
+    def loss(
+        live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None, scale: Array | None
+    ) -> tuple[Array, tuple[Array, Array]]:
+        total, weight = path_loss(program, signature, live, frozen, batch, activations, key)
+        return total if scale is None else total * scale, (total, weight)
+
     grad = jax.value_and_grad(loss, has_aux=True)
     pieces, place = program.config.training.accumulation_steps, program.placement
 
     def gradients(
-        live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None
+        live: Params,
+        frozen: Params,
+        batch: Batch,
+        activations: Array | None,
+        key: Key | None,
+        scale: Array | None = None,
     ) -> tuple[Params, Array, Array]:
         if pieces == 1:
-            (total, weight), grads = grad(live, frozen, batch, activations, key)
+            (_, (total, weight)), grads = grad(live, frozen, batch, activations, key, scale)
             return place.as_weights(grads), total, weight
 
         def body(carry: Any, piece: Any) -> tuple[Any, None]:
             index, own_batch, own_activations = piece
             own_key = None if key is None else jax.random.fold_in(key, index)
-            (total, weight), grads = grad(live, frozen, own_batch, own_activations, own_key)
+            (_, (total, weight)), grads = grad(live, frozen, own_batch, own_activations, own_key, scale)
             return jax.tree.map(jnp.add, carry, (place.as_weights(grads), total, weight)), None
 
         split = jax.tree.map(
@@ -221,7 +237,8 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
 
     The returned function takes (state, frozen, batch, activations, fraction, step): `activations` are the trunk's
     output or None where the path starts from tokens, `fraction` the schedule's, `step` the run's update count for
-    dropout. Its metrics are scalars on the device: loss (nats per weighted token), gradient_norm, weight.
+    dropout. Its metrics are scalars on the device: loss (nats per weighted token), gradient_norm, weight; with a scaled
+    loss also those of `scaling_metrics`.
     """
     gradients = make_gradients(program, signature)
     config = program.config.optimizer
@@ -236,14 +253,21 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
         fraction: Float[AnyArray, ""],
         step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
-        grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step))
+        scale = loss_scale(state.scaling)
+        grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step), scale)
         weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing has no gradient, not an undefined one
-        norm = optimizer.gradient_norm(grads) / weight
-        factor = optimizer.clip_scale(norm, config.clip_norm) / weight
+        divisor = weight if scale is None else weight * scale
+        norm = optimizer.gradient_norm(grads) / divisor
+        factor = optimizer.clip_scale(norm, config.clip_norm) / divisor
         grads = optimizer.scaled(grads, factor)
         params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fraction)
-        state = program.placement.as_weights(TrainState(params, states))
-        return state, {"loss": total / weight, "gradient_norm": norm, "weight": weight}
+        metrics = {"loss": total / weight, "gradient_norm": norm, "weight": weight}
+        if scale is not None:
+            is_finite = jnp.isfinite(norm)
+            params, states = keep_where(is_finite, (params, states), (state.params, state.optimizer))
+            metrics |= scaling_metrics(scale, is_finite)
+        state = TrainState(params, states, next_scaling(state.scaling, norm))
+        return program.placement.as_weights(state), metrics
 
     return train_step
 

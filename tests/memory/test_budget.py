@@ -3,13 +3,16 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from stackwise_jax.checks import CACHE_PRECISIONS, TRUNK_PRECISIONS
 from stackwise_jax.config import resolve
 from stackwise_jax.memory import budget
 from stackwise_jax.memory.precision import DTYPES, item_bytes, to_storage, token_bytes
 from stackwise_jax.models import families
+from stackwise_jax.models.stack import init_stack
 from stackwise_jax.schema import ModelConfig, RunConfig
 
 
@@ -119,5 +122,14 @@ def test_storage_casts_every_array():
     stored = to_storage({"mlp": {"up": jnp.ones((2, 2))}, "scale": jnp.full(2, 1 + 2**-10)}, "bf16")
     assert stored["mlp"]["up"].dtype == stored["scale"].dtype == jnp.bfloat16
     assert float(stored["scale"][0]) == 1.0  # rounded, as a trunk's numbers are
-    assert {name: item_bytes(name) for name in DTYPES} == {"fp32": 4, "bf16": 2, "fp8": 1}
-    assert {name: token_bytes(name, 8) for name in DTYPES} == {"fp32": 32, "bf16": 16, "fp8": 12}
+    assert {name: item_bytes(name) for name in DTYPES} == {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+    assert {name: token_bytes(name, 8) for name in CACHE_PRECISIONS} == {"fp32": 32, "bf16": 16, "fp8": 12}
+
+
+@pytest.mark.parametrize("precision", TRUNK_PRECISIONS)
+def test_a_stored_block_has_the_bytes_that_are_planned(precision: str):
+    config = resolve({"model": {"use_bias": True, "n_kv_heads": 2, "d_ff": 200}, "precision": {"trunk": precision}})
+    stack = jax.eval_shape(lambda: to_storage(init_stack(jax.random.key(0), config.model, 0, 2), precision))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stack)) == 2 * budget.stored_block_bytes(
+        config
+    )

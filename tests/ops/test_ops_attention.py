@@ -220,3 +220,14 @@ def test_the_kernel_gets_no_array_where_the_kind_says_it_all(
     assert (how["mask"] is None) == (name in ("causal", "bidirectional"))
     assert how["is_causal"] == (name == "causal")
     assert "local_window_size" not in how
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU lacks")
+def test_fp16_on_a_cpu_takes_the_reference_and_refuses_xla_by_name():
+    q, k, v = (jax.random.normal(jax.random.key(n), (1, 8, 2, 16), jnp.float16) for n in range(3))
+    wide = attention(*(x.astype(jnp.float32) for x in (q, k, v)), Mask("causal"))
+    found = attention(q, k, v, Mask("causal"))
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(found.astype(jnp.float32), wide, atol=2e-3)
+    with pytest.raises(UserError, match='"xla" has no fp16 on a CPU'):
+        attention(q, k, v, Mask("causal"), implementation="xla")
