@@ -1,10 +1,10 @@
-"""Stochastic rounding: to bfloat16, and to 8 bits with a scale per block. Unbiased: the mean over the bits is the number.
+"""Stochastic rounding: to bfloat16, and to 8 bits with a scale per block. The mean over the bits is the number.
 
 A small change to a large number is lost when rounding to nearest, every time; rounded up as often as it is worth, it is
 kept on average (Gupta et al., 2015). All functions take their random bits, 16 a number, as an argument.
 
-Blocks are up to 256 numbers along the last axis (Dettmers et al., 2022), the last block of a row being what is left. Codes
-keep the shape of the numbers, so that they are cut and named like them; scales have the blocks as their last axis.
+Blocks are up to 256 numbers along the last axis (Dettmers et al., 2022), the last block of a row being what is left.
+Codes keep the shape of the numbers, so that they are cut and named like them; scales have the blocks as their last axis.
 """
 
 import jax

@@ -22,8 +22,8 @@ from stackwise_jax.train.spectral import cap_spectral_norm
 from stackwise_jax.types import AnyArray, Params
 
 Transforms = dict[str, optax.GradientTransformation]
-"""One transformation for each kind of part: "embedding", "head", and "stacks" and "adapters", lists of which each entry is
-moved on its own."""
+"""One transformation for each kind of part: "embedding", "head", and the lists "stacks" and "adapters", of which each
+entry is moved on its own."""
 
 # Stream of the run's key that stochastic rounding draws from (train/step.py and models/rack.py use lower ones).
 ROUNDING_STREAM = 16
@@ -57,7 +57,8 @@ def _as_stored(
     precision = config.precision
     if precision.optimizer == "fp32" and (precision.weights == "fp32" or name != "stacks"):
         return transform
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), ROUNDING_STREAM), zlib.crc32(name.encode()))
+    stream = jax.random.fold_in(jax.random.key(config.seed), ROUNDING_STREAM)
+    key = jax.random.fold_in(stream, zlib.crc32(name.encode()))
     return kept(transform, precision.optimizer, key=key, leading=leading)
 
 

@@ -5,8 +5,8 @@ it, so that the update itself uses numbers that were not rounded yet. Only the m
 gradient ("mu" in Optax) is linear in 8 bits, as the momentum of Muon may be (Gupta et al., 2025); a mean square ("nu")
 goes by logarithms, because it is divided by.
 
-The random bits are a function of (seed, part, number of the stack in its list, update of the part, name of the array): all
-of it is in the state or static, so a run that continues rounds as one that never stopped.
+The random bits are a function of (seed, part, number of the stack in its list, update of the part, name of the array):
+all of it is in the state or static, so a run that continues rounds as one that never stopped.
 """
 
 import zlib
@@ -130,7 +130,7 @@ def _read_leaf(leaf: Array, scales: Float[Array, "..."] | None) -> Array:
 
 
 def _moment(path: tuple[Any, ...]) -> str | None:
-    """"mu" or "nu" for an array inside a field of that name of an Optax state."""
+    """The field of an Optax state that an array lies in, where that is "mu" or "nu"."""
     fields = [part.name for part in path if isinstance(part, jax.tree_util.GetAttrKey)]
     return fields[-1] if fields and fields[-1] in ("mu", "nu") else None
 

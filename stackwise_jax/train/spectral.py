@@ -1,4 +1,4 @@
-"""Keeps the largest singular value of every live matrix below a limit (after Yoshida and Miyato, 2017; Miyato et al., 2018).
+"""Keeps the largest singular value of every live matrix below a limit (Yoshida and Miyato, 2017; Miyato et al., 2018).
 
 The matrix itself is bounded, not a quotient in the forward pass: whatever reads the stack later (a frozen trunk, a
 quantised tail, a sampler) finds plain weights and needs to know nothing.

@@ -150,7 +150,7 @@ def programs(tiny: Any) -> dict[str, Any]:
         own = Program(config, make_corrupt(config.objective, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8))
         step = make(own, Signature(False, ((1, Role.LIVE),), Role.LIVE, Role.LIVE, True, "fused"))
         rack = init_rack(jax.random.key(3), config.model, (1,))
-        transforms = make_transforms(config.optimizer, scales_head=False)
+        transforms = make_transforms(config, scales_head=False)
         moments = {name: init_part(transforms, name, part) for name, part in rack.items()}
 
         def run(scale: float | None) -> tuple[TrainState, TrainState, dict[str, Any]]:
