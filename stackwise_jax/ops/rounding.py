@@ -4,7 +4,7 @@ A small change to a large number is lost when rounding to nearest, every time; r
 kept on average (Gupta et al., 2015). All functions take their random bits, 16 a number, as an argument.
 
 Blocks are up to 256 numbers along the last axis (Dettmers et al., 2022), the last block of a row being what is left.
-Codes keep the shape of the numbers, so that they are cut and named like them; scales have the blocks as their last axis.
+Codes keep the shape of the numbers, so they are cut and named like them; scales have the blocks as their last axis.
 """
 
 import jax

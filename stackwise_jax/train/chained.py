@@ -138,7 +138,7 @@ class ChainedGradients:
         parts = {**frozen, **live}
         hidden = apply_head_norm(parts["head"], x.astype(self.program.dtype), self.model)
         table = output_table(parts["head"], parts.get("embedding", {}))
-        loss = head_loss(self.program, hidden, table, example)
+        loss = head_loss(self.program, hidden, table, example, self.model.stability.z_loss)
         return loss if scale is None else loss * scale, loss
 
 

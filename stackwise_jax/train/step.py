@@ -159,20 +159,21 @@ def path_loss(
     batch: Batch,
     activations: Float[Array, "B T D"] | None,
     key: Key | None,
+    z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns (summed loss in nats, summed weight) of a batch, in float32."""
+    """Returns (summed loss in nats, summed weight) of a batch, in float32; `z_loss` as in `cross_entropy`."""
     parts = join_parts(live, frozen)
     example = program.corrupt(program.mask_key, batch)
     hidden = run_path(program, signature, parts, example, activations, key)
     table = output_table(parts["head"], parts.get("embedding", {}))
     return (
-        head_loss(program, hidden, table, example),
+        head_loss(program, hidden, table, example, z_loss),
         jnp.sum(example.weights),
     )
 
 
 def head_loss(
-    program: Program, hidden: Float[Array, "B T D"], table: Float[Array, "V D"], example: Example
+    program: Program, hidden: Float[Array, "B T D"], table: Float[Array, "V D"], example: Example, z_loss: float = 0.0
 ) -> Float[Array, ""]:
     """Summed cross-entropy, in chunks of tokens; on several devices each computes that of its own rows."""
 
@@ -183,6 +184,7 @@ def head_loss(
             targets.reshape(-1),
             weights.reshape(-1),
             chunk_tokens=program.config.training.loss_chunk_tokens,
+            z_loss=z_loss,
         )
 
     rows = (hidden, example.targets, example.weights)
@@ -192,13 +194,14 @@ def head_loss(
 def make_gradients(program: Program, signature: Signature) -> Callable[..., tuple[Params, Array, Array]]:
     """Returns (live, frozen, batch, activations, key[, scale]) -> (summed gradients, summed loss, summed weight).
 
-    With a scale the gradients are those of the loss times it; the loss is not.
+    With a scale the gradients are those of the loss times it; the loss is not. `model.stability.z_loss` counts in both.
     """
+    z_loss = program.config.model.stability.z_loss
 
     def loss(
         live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None, scale: Array | None
     ) -> tuple[Array, tuple[Array, Array]]:
-        total, weight = path_loss(program, signature, live, frozen, batch, activations, key)
+        total, weight = path_loss(program, signature, live, frozen, batch, activations, key, z_loss)
         return total if scale is None else total * scale, (total, weight)
 
     grad = jax.value_and_grad(loss, has_aux=True)
