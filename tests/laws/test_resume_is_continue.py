@@ -92,6 +92,14 @@ MODES = {
         "training__head": "copy",
         "model__dropout": 0.1,
     },
+    "weights and moments rounded stochastically, bounded": {
+        "precision__weights": "bf16",
+        "precision__optimizer": "int8",
+        "optimizer__name": "muon",
+        "model__stability__residual_gain": 0.5,
+        "model__stability__spectral_norm": 0.3,
+        "model__stability__z_loss": 1e-3,
+    },
 }
 
 

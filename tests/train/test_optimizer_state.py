@@ -20,7 +20,7 @@ from stackwise_jax.train.optimizer_state import KeptState, rounded_like, widened
 
 ONE = jnp.float32(1.0)
 ADAMW = OptimizerConfig(learning_rate=0.02, weight_decay=0.0, beta2=0.95)
-MUON = dataclasses.replace(ADAMW, name="muon", muon_learning_rate=0.02)
+MUON = dataclasses.replace(ADAMW, name="muon", muon_learning_rate=0.2)
 
 
 def config_of(own: OptimizerConfig = ADAMW, *, seed: int = 0, **precision: str) -> RunConfig:
@@ -112,7 +112,7 @@ def loss(params: Any) -> jax.Array:
 
 
 def train(config: RunConfig, steps: int = 150) -> float:
-    """The loss, of 0.23 at the beginning, at the end of a linear decay."""
+    """The loss, of 2.28 at the beginning, at the end of a linear decay."""
     transform = stack_transform(config)
     params = as_master(START, config.precision.weights)
     state = init_part({"stacks": transform}, "stacks", [params])[0]
@@ -132,17 +132,102 @@ def train(config: RunConfig, steps: int = 150) -> float:
 @pytest.fixture(scope="module")
 def in_float32() -> dict[str, float]:
     found = {own.name: train(config_of(own)) for own in (ADAMW, MUON)}
-    assert max(found.values()) < 0.02 * float(loss(START))  # there is something to lose
+    assert max(found.values()) < 4e-4  # there is something to lose
     return found
 
 
+def limit(in_float32: float) -> float:
+    """A quarter more, and what sixteen bits of the weights themselves cost."""
+    return 1.25 * in_float32 + 3e-5
+
+
 @pytest.mark.parametrize("own", [ADAMW, MUON], ids=["adamw", "muon"])
-@pytest.mark.parametrize(
-    ("weights", "optimizer", "band"),
-    [("fp32", "bf16", 1.05), ("fp32", "int8", 1.25), ("bf16", "int8", 1.5)],
-)
-def test_the_loss_stays_in_a_band(
-    own: OptimizerConfig, weights: str, optimizer: str, band: float, in_float32: dict[str, float]
-):
-    found = train(config_of(own, weights=weights, optimizer=optimizer))
-    assert found < band * in_float32[own.name] + 1e-5
+@pytest.mark.parametrize("precision", [("fp32", "bf16"), ("fp32", "int8"), ("bf16", "int8")], ids="-".join)
+def test_the_loss_stays_in_a_band(own: OptimizerConfig, precision: tuple[str, str], in_float32: dict[str, float]):
+    weights, optimizer = precision
+    assert train(config_of(own, weights=weights, optimizer=optimizer)) < limit(in_float32[own.name])
+
+
+def test_the_band_detects_linear_codes_of_mean_squares(in_float32: dict[str, float], monkeypatch: pytest.MonkeyPatch):
+    """The small ones of a block become 0 and are divided by."""
+    monkeypatch.setattr(rounding, "to_log8", rounding.to_int8)
+    assert train(config_of(optimizer="int8")) > 1e6 * limit(in_float32["adamw"])
+
+
+def test_the_band_detects_weights_rounded_to_the_nearest(in_float32: dict[str, float], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rounding, "to_bf16", lambda x, bits: x.astype(jnp.bfloat16))
+    assert train(config_of(weights="bf16")) > 2 * limit(in_float32["adamw"])
+
+
+# The same bits again, and others for others.
+
+NARROW = {"weights": "bf16", "optimizer": "int8"}
+KERNELS = {"kernel": jax.random.normal(jax.random.key(1), (2, 8, 300)), "scale": jnp.ones((2, 8))}
+
+
+def few_updates(config: RunConfig, *, cut: int | None = None, loses: str = "") -> tuple[Any, Any]:
+    """(two equal stacks, their states) after four equal updates.
+
+    Args:
+      cut: goes through the host there, as a snapshot does.
+      loses: a field of the state that does not survive it.
+    """
+    transforms = make_transforms(config, scales_head=False)
+    params: Any = {"stacks": [as_master(KERNELS, config.precision.weights)] * 2}
+    states: Any = {"stacks": init_part(transforms, "stacks", params["stacks"])}
+    step = jax.jit(lambda grads, states, params: update_parts(transforms, grads, states, params, ONE))
+    for index in range(4):
+        if index == cut:
+            params, states = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), (params, states))
+            fresh = init_part(transforms, "stacks", params["stacks"])
+            if loses:
+                pairs = zip(states["stacks"], fresh, strict=True)
+                states = {"stacks": [old._replace(**{loses: getattr(new, loses)}) for old, new in pairs]}
+        grads = jax.tree.map(lambda leaf, i=index: jnp.sin(leaf + i), params)
+        params, states = step(grads, states, params)
+    return params["stacks"], states["stacks"]
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(
+        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def uncut() -> tuple[Any, Any]:
+    return few_updates(config_of(**NARROW))
+
+
+def test_rounding_goes_on_where_it_stopped(uncut: tuple[Any, Any]):
+    assert same(few_updates(config_of(**NARROW), cut=2), uncut)
+    assert not same(few_updates(config_of(**NARROW), cut=2, loses="count")[0], uncut[0])  # the twin
+
+
+def test_rounding_differs_by_seed_stack_update_and_array(uncut: tuple[Any, Any]):
+    stacks, states = uncut
+    assert not same(few_updates(config_of(seed=1, **NARROW))[0], stacks)
+    assert not np.array_equal(stacks[0]["kernel"], stacks[1]["kernel"])  # which began and were moved alike
+    np.testing.assert_array_equal(stacks[0]["scale"], stacks[1]["scale"])  # float32 is not rounded
+    assert not np.array_equal(states[0].key, states[1].key)
+    key, like = states[0].key, jnp.zeros(1000)
+    drawn = [optimizer_state._bits(key, jnp.int32(count), name, like) for count in (1, 2) for name in ("mu/a", "nu/a")]
+    for index, bits in enumerate(drawn):
+        assert abs(float(bits.mean()) / 32767.5 - 1) < 0.1
+        assert all(float(jnp.mean(bits == other)) < 0.05 for other in drawn[:index])
+
+
+def test_an_update_uses_moments_that_were_not_rounded_yet():
+    """So the first update from nothing is that of float32, whatever is stored after it."""
+    grads = jax.tree.map(jnp.sin, KERNELS)
+    moved = []
+    for optimizer in ("fp32", "int8"):
+        transform = stack_transform(config_of(optimizer=optimizer))
+        moved.append(update_part(transform, grads, transform.init(KERNELS), KERNELS, ONE)[0])
+    assert same(*moved)
+
+
+def test_weights_in_bf16_need_the_state_that_was_made_for_them():
+    narrow, plain = as_master(KERNELS, "bf16"), stack_transform(config_of())
+    with pytest.raises(TypeError, match="weights in bfloat16"):
+        rounded_like(widened(narrow), narrow, plain.init(KERNELS))
