@@ -59,7 +59,7 @@ def kept(
         updates, new = inner.update(widened(gradients), _read(state), wide)
         return updates, _store(new, precision, state.key, state.count + 1, leading)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(jax.jit(init), update)  # one program, where a state is drawn outside of one
 
 
 def in_stream(state: Any, index: int) -> Any:

@@ -98,7 +98,7 @@ def test_float32_is_the_plain_transformation():
         assert isinstance(state, KeptState) == (name == "stacks")
 
 
-# Error bands: least squares whose outputs differ in scale by a thousand, so that mean squares in a block do by a million.
+# Error bands: least squares whose outputs differ in scale by a thousand, so mean squares in a block do by a million.
 
 DRAW = np.random.default_rng(0)
 INPUTS = jnp.asarray(DRAW.normal(size=(256, 32)), jnp.float32)
