@@ -28,6 +28,13 @@ PATHS = {
         True,
     ),
     "frozen tail": ({}, ((1, LIVE), (2, FROZEN)), FROZEN, LIVE, True),
+    "residual gain, z-loss": (
+        {"model__stability__residual_gain": 0.5, "model__stability__z_loss": 0.01},
+        ((2, LIVE),),
+        LIVE,
+        LIVE,
+        True,
+    ),
     "frozen head and tail, remat": ({"training__remat": "full"}, ((2, LIVE), (1, FROZEN)), FROZEN, FROZEN, True),
 }
 
