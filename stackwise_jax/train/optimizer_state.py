@@ -50,13 +50,13 @@ def kept(
       leading: axes before those of a matrix (1 in a stack).
     """
 
-    def init(params: Params) -> KeptState:
+    def init(params: Any) -> KeptState:
         count = jnp.zeros((), jnp.int32)
         return _store(inner.init(widened(params)), precision, jax.random.key_data(key), count, leading)
 
-    def update(gradients: Params, state: Any, params: Params | None = None) -> tuple[Params, KeptState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, KeptState]:
         wide = None if params is None else widened(params)
-        updates, new = inner.update(widened(gradients), _read(state), wide)
+        updates, new = inner.update(widened(updates), _read(state), wide)
         return updates, _store(new, precision, state.key, state.count + 1, leading)
 
     return optax.GradientTransformation(jax.jit(init), update)  # one program, where a state is drawn outside of one

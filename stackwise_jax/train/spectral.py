@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from stackwise_jax.types import Params
-
 
 class SpectralState(NamedTuple):
     """The running estimate of each matrix's right singular vector of its largest singular value.
@@ -36,13 +34,13 @@ def cap_spectral_norm(limit: float) -> optax.GradientTransformation:
     was within the limit stays there.
     """
 
-    def init(params: Params) -> SpectralState:
+    def init(params: Any) -> SpectralState:
         return SpectralState(jax.tree_util.tree_map_with_path(_first_direction, params))
 
-    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, SpectralState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SpectralState]:
         leaves, structure = jax.tree.flatten(updates)
-        rest = (jax.tree.leaves(tree) for tree in (params, state.directions))
-        pairs = [_capped(*entry, limit) for entry in zip(leaves, *rest, strict=True)]
+        matrices, directions = jax.tree.leaves(params), jax.tree.leaves(state.directions)
+        pairs = [_capped(*entry, limit=limit) for entry in zip(leaves, matrices, directions, strict=True)]
         capped, directions = ([pair[i] for pair in pairs] for i in range(2))
         return jax.tree.unflatten(structure, capped), SpectralState(jax.tree.unflatten(structure, directions))
 
@@ -62,7 +60,7 @@ def _unit(vectors: Float[Array, "L F"]) -> tuple[Float[Array, "L F"], Float[Arra
 
 
 def _capped(
-    update: Float[Array, "L D F"], matrix: Float[Array, "L D F"], direction: Float[Array, "L F"], limit: float
+    update: Float[Array, "L D F"], matrix: Float[Array, "L D F"], direction: Float[Array, "L F"], *, limit: float
 ) -> tuple[Float[Array, "L D F"], Float[Array, "L F"]]:
     """The update that ends within the limit, and the next direction."""
     moved = matrix + update

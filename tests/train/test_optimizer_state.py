@@ -163,7 +163,7 @@ def test_the_band_detects_weights_rounded_to_the_nearest(in_float32: dict[str, f
 
 # The same bits again, and others for others.
 
-NARROW = {"weights": "bf16", "optimizer": "int8"}
+NARROW: dict[str, Any] = {"weights": "bf16", "optimizer": "int8"}
 KERNELS = {"kernel": jax.random.normal(jax.random.key(1), (2, 8, 300)), "scale": jnp.ones((2, 8))}
 
 
