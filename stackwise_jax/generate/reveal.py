@@ -89,6 +89,7 @@ def reveal_until(
     steps: Int[Array, "B"],
     allowed: Bool[Array, "V"],
     rule: Rule,
+    said: Bool[Array, "B V"] | None = None,
 ) -> Rows:
     """Reveals masked ones among `places` until `target` of them are masked, in at most `steps` passes a row.
 
@@ -100,6 +101,7 @@ def reveal_until(
       places: where tokens may be written; what stands elsewhere is never touched.
       ordinary: places of each row that hold text or a mask: the denominator of the masked share.
       allowed: ids that may be drawn; the mask's is not among them, whatever it says.
+      said: ids that the repetition penalty counts besides those of `rows`.
     """
     start = jnp.sum((rows.tokens == rule.mask_id) & places, axis=1)
     due = jnp.maximum(start - target, 0)
@@ -122,7 +124,7 @@ def reveal_until(
         each, rest = due // jnp.maximum(steps, 1), due % jnp.maximum(steps, 1)
         count = n_masked - (start - each * (taken + 1) - jnp.minimum(taken + 1, rest))
         rate = jnp.sum(tokens == rule.mask_id, axis=1) / jnp.maximum(ordinary, 1)
-        drawn, confidence, score = predict(denoiser(tokens, rate), tokens, keys, allowed=allowed, rule=rule)
+        drawn, confidence, score = predict(denoiser(tokens, rate), tokens, keys, said, allowed=allowed, rule=rule)
         if rule.threshold is not None:
             sure = jnp.sum(masked & (confidence >= rule.threshold), axis=1)
             count = jnp.minimum(jnp.maximum(jnp.maximum(count, sure), 1), n_masked - target)
@@ -143,6 +145,7 @@ def predict(
     logits: Float[Array, "B T V"],
     tokens: Int[Array, "B T"],
     keys: PRNGKeyArray,
+    said: Bool[Array, "B V"] | None,
     *,
     allowed: Bool[Array, "V"],
     rule: Rule,
@@ -155,6 +158,7 @@ def predict(
     scores = logits.astype(jnp.float32)
     if rule.repetition_penalty != 1.0:
         seen = present(tokens, scores.shape[-1])
+        seen = seen if said is None else seen | said
         scores = penalise(scores, seen[:, None, :], rule.repetition_penalty)
     scores = jnp.where(allowed[None, None, :], scores, -jnp.inf)
     drawn = _draw(scores, keys, rule)
