@@ -5,7 +5,6 @@ holds place `s - first` of a row, `first` being the slot of the row's first real
 """
 
 import functools
-import re
 from collections.abc import Sequence
 
 import jax
@@ -14,66 +13,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.generate.sampling import present, sample
-from stackwise_jax.memory.precision import DTYPES
 from stackwise_jax.models.block import Context, KeyValues
 from stackwise_jax.models.rack import decode_rack, init_key_values
 from stackwise_jax.ops.mask import decoding_mask
-from stackwise_jax.schema import ModelConfig, RunConfig
+from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
-
-# C0 but for tab and newline, delete, and C1: what could move a terminal's cursor or colour it.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 # Of the loop: new tokens so far, their ids, rows done, ids said where they count, the store.
 _Carry = tuple[Array, Array, Array, Array | None, list[KeyValues]]
-
-
-def continue_texts(
-    rack: Params, config: RunConfig, tokenizer: Tokenizer, prompts: Sequence[str], *, seed: int
-) -> list[str]:
-    """Continues texts, each read as the beginning of a document, as `config.generation` says.
-
-    Returns:
-      The continuation of each prompt, without the prompt.
-
-    Raises:
-      UserError: the run is not causal, a prompt is no Unicode text, or a text would be longer than the model's learned
-        positions.
-    """
-    if config.objective.name != "clm":
-        raise UserError(_not_causal(f"objective.name={config.objective.name!r}"))
-    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    generation = config.generation
-    continued = generate(
-        rack,
-        config.model,
-        ids,
-        tokens=generation.tokens,
-        key=jax.random.key(seed),
-        allowed=allowed_ids(tokenizer, config.model.vocab_size),
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        eos_id=tokenizer.eos_id,
-        dtype=DTYPES[config.precision.compute],
-    )
-    return [tokenizer.decode(row[len(prompt) :]) for row, prompt in zip(continued, ids, strict=True)]
-
-
-def allowed_ids(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, "V"]:
-    """Ids that a continuation may hold: those of text, and the end of the document."""
-    allowed = np.arange(vocab_size) < tokenizer.vocab_size
-    allowed[list(tokenizer.special_ids)] = False
-    allowed[tokenizer.eos_id] = True
-    return allowed
-
-
-def printable(text: str) -> str:
-    """A text without the control characters that a terminal would obey; tabs and newlines stay."""
-    return _CONTROL.sub("", text)
 
 
 def generate(
@@ -108,7 +57,10 @@ def generate(
       ValueError: a prompt without ids.
     """
     if model.attention != "causal":
-        raise UserError(_not_causal(f"model.attention={model.attention!r}"))
+        raise UserError(
+            f"model.attention={model.attention!r}: stored keys and values are for causal attention; "
+            "a rack that fills in masked places is read by generation.sampler='denoise'"
+        )
     if not prompts:
         return []
     lengths = [len(prompt) for prompt in prompts]
@@ -231,18 +183,3 @@ def _until(row: Int[np.ndarray, "n"], eos_id: int | None) -> Int[np.ndarray, "_"
     if eos_id is None or eos_id not in row:
         return row
     return row[: np.argmax(row == eos_id) + 1]
-
-
-def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, "_"]:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
-        raise UserError(f"prompt {prompt!r} is not Unicode text; give it in UTF-8") from None
-    return np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
-
-
-def _not_causal(field: str) -> str:
-    return (
-        f"{field}: a run that fills in masked places cannot continue a text; measure it with "
-        "python -m stackwise_jax.evaluate, or train with objective.name='clm' and model.attention='causal'"
-    )

@@ -55,7 +55,7 @@ class BlockDenoiser:
 
     def read(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], list[KeyValues]]:
         """Logits at every place of the blocks that `tokens` are, and the store with them in it."""
-        slots = self.stored[0].keys.shape[2] if self.stored else self.start + tokens.shape[1]
+        slots = self.stored[0].keys.shape[2] if self.stored else 1  # a rack without stacks stores nothing
         places = jnp.broadcast_to(self.start + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         context = Context(
             positions=jnp.maximum(places - self.first[:, None], 0),

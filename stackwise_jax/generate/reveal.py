@@ -19,7 +19,6 @@ from stackwise_jax.types import Key
 Denoiser = Callable[[Array, Array], Array]
 """(tokens [B T], masked share of each row [B]) -> float32 logits [B T V]; jittable, and itself a pytree of arrays."""
 
-ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
 # Streams of a place's key, so that what is drawn, when, and what is hidden again are independent.
 _DRAW, _ORDER, _REMASK = 0, 1, 2
 _QUIET_SHARE = 10  # nothing is hidden again in the last tenth of the passes, and never in the last one
