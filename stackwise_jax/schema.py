@@ -182,7 +182,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Samples printed when a run ends, and what `python -m stackwise_jax.generate` takes where no flag says otherwise."""
+    """Samples printed when a run ends, and the defaults of `python -m stackwise_jax.generate`."""
 
     samples: int = 0  # how many
     tokens: int = 96  # of each: at most (autoregressive), or exactly

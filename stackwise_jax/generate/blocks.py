@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from stackwise_jax.errors import UserError
 from stackwise_jax.generate.denoise import check_length, logits_of_places
@@ -23,7 +23,7 @@ from stackwise_jax.generate.sampling import present
 from stackwise_jax.models.block import Context, KeyValues
 from stackwise_jax.models.rack import decode_stacks, init_key_values, rack_logits
 from stackwise_jax.schema import ModelConfig
-from stackwise_jax.types import Params
+from stackwise_jax.types import Keys, Params
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +89,7 @@ def generate_blocks(
     *,
     tokens: int,
     block_length: int,
-    keys: PRNGKeyArray,
+    keys: Keys,
     allowed: Bool[np.ndarray, "V"],
     rule: Rule,
     pad_id: int,
@@ -144,7 +144,7 @@ def _generate_blocks(
     canvas: Int[Array, "B T"],
     first: Int[Array, "B"],
     end: Int[Array, "B"],
-    keys: PRNGKeyArray,
+    keys: Keys,
     allowed: Bool[Array, "V"],
     n_new: Int[Array, "B"],
     steps: Int[Array, ""] | int | None,

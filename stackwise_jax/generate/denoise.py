@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from stackwise_jax.errors import UserError
 from stackwise_jax.generate.reveal import Denoiser, Rows, Rule, begin_rows, reveal_until
 from stackwise_jax.models.rack import apply_embedding, rack_logits, row_context
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.schema import ModelConfig
-from stackwise_jax.types import Params
+from stackwise_jax.types import Keys, Params
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +68,7 @@ class RackDenoiser:
 
 
 def logits_of_places(logits: Float[Array, "B T V"], before: Float[Array, "B V"]) -> Float[Array, "B T V"]:
-    """What a shifted head says of each place, from what it puts out at each; `before` is of the place before the row."""
+    """What a shifted head says of each place, given what it puts out at each, and at the place `before` the row."""
     return jnp.concatenate([before[:, None], logits[:, :-1]], axis=1)
 
 
@@ -91,7 +91,7 @@ def denoise(
     denoiser: Denoiser,
     canvas: Int[np.ndarray, "B T"],
     *,
-    keys: PRNGKeyArray,
+    keys: Keys,
     allowed: Bool[np.ndarray, "V"],
     rule: Rule,
     steps: int | None = None,
@@ -107,7 +107,7 @@ def denoise(
       rule: how a pass reveals.
       steps: passes a row; a row of fewer masks takes as many as it has, unless it re-masks. None: one a mask.
       block_length: masks are filled in groups of so many, left to right, each in its share of the steps (LLaDA's
-        semi-autoregressive sampling). None: all at once.
+        semi-autoregressive sampling); rows wait for each other at the end of a block. None: all at once.
 
     Returns:
       The filled canvas, and the network evaluations it took.
@@ -129,7 +129,7 @@ def denoise(
 def _denoise(
     denoiser: Denoiser,
     canvas: Int[Array, "B T"],
-    keys: PRNGKeyArray,
+    keys: Keys,
     allowed: Bool[Array, "V"],
     steps: Int[Array, ""] | int | None,
     block_length: Int[Array, ""] | int | None,

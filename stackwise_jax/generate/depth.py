@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int
 
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.generate.denoise import RackDenoiser, count_ordinary
 from stackwise_jax.generate.reveal import Denoiser, Rows, Rule, begin_rows, reveal_until
 from stackwise_jax.schema import ModelConfig
-from stackwise_jax.types import Params
+from stackwise_jax.types import Keys, Params
 
 FORMS = ("independent", "suffix", "prefix", "step_local")
 Edges = tuple[float, float]
@@ -71,7 +71,7 @@ def denoise_by_depth(
     bands: Sequence[Edges],
     canvas: Int[np.ndarray, "B T"],
     *,
-    keys: PRNGKeyArray,
+    keys: Keys,
     allowed: Bool[np.ndarray, "V"],
     rule: Rule,
     steps: int | None = None,
@@ -105,7 +105,7 @@ def _denoise_by_depth(
     denoisers: tuple[Denoiser, ...],
     edges: Array,
     canvas: Int[Array, "B T"],
-    keys: PRNGKeyArray,
+    keys: Keys,
     allowed: Bool[Array, "V"],
     steps: Int[Array, ""] | int | None,
     rule: Rule,

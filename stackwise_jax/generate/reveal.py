@@ -11,13 +11,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Key as PRNGKey
 
 from stackwise_jax.generate.sampling import most_likely, penalise, present
-from stackwise_jax.types import Key
+from stackwise_jax.types import Key, Keys
 
 Denoiser = Callable[[Array, Array], Array]
 """(tokens [B T], masked share of each row [B]) -> float32 logits [B T V]; jittable, and itself a pytree of arrays."""
+PlaceKeys = PRNGKey[Array, "B T"]
 
 # Streams of a place's key, so that what is drawn, when, and what is hidden again are independent.
 _DRAW, _ORDER, _REMASK = 0, 1, 2
@@ -63,17 +65,17 @@ class Rows:
     """
 
     tokens: Int[Array, "B T"]
-    keys: PRNGKeyArray
+    keys: Keys
     own_passes: Int[Array, "B"]
     passes: Int[Array, ""]
 
 
-def begin_rows(tokens: Int[Array, "B T"], keys: PRNGKeyArray) -> Rows:
+def begin_rows(tokens: Int[Array, "B T"], keys: Keys) -> Rows:
     """Rows before their first pass."""
     return Rows(tokens, keys, jnp.zeros(len(tokens), jnp.int32), jnp.int32(0))
 
 
-def row_keys(key: Key, n_rows: int) -> PRNGKeyArray:
+def row_keys(key: Key, n_rows: int) -> Keys:
     """A key for each row; the first ones do not depend on how many there are."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(n_rows))
 
@@ -143,7 +145,7 @@ def reveal_until(
 def predict(
     logits: Float[Array, "B T V"],
     tokens: Int[Array, "B T"],
-    keys: PRNGKeyArray,
+    keys: PlaceKeys,
     said: Bool[Array, "B V"] | None,
     *,
     allowed: Bool[Array, "V"],
@@ -175,7 +177,7 @@ def predict(
     return drawn, confidence, -jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :], tokens.shape)
 
 
-def _draw(scores: Float[Array, "B T V"], keys: PRNGKeyArray, rule: Rule) -> Int[Array, "B T"]:
+def _draw(scores: Float[Array, "B T V"], keys: PlaceKeys, rule: Rule) -> Int[Array, "B T"]:
     if rule.temperature == 0.0:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
     # The largest score becomes 0, so that no small temperature overflows.
@@ -187,7 +189,7 @@ def _draw(scores: Float[Array, "B T V"], keys: PRNGKeyArray, rule: Rule) -> Int[
 
 
 def _mask_again(
-    tokens: Int[Array, "B T"], keys: PRNGKeyArray, places: Bool[Array, "B T"], rule: Rule
+    tokens: Int[Array, "B T"], keys: PlaceKeys, places: Bool[Array, "B T"], rule: Rule
 ) -> Int[Array, "B T"]:
     hidden = places & (tokens != rule.mask_id) & (_uniform(keys, _REMASK) < rule.remask)
     return jnp.where(hidden, rule.mask_id, tokens)
@@ -199,15 +201,15 @@ def _best(score: Float[Array, "B T"], masked: Bool[Array, "B T"], count: Int[Arr
     return masked & (jnp.argsort(order, axis=1) < count[:, None])
 
 
-def _place_keys(keys: PRNGKeyArray, passes: Int[Array, "B"], length: int) -> PRNGKeyArray:
+def _place_keys(keys: Keys, passes: Int[Array, "B"], length: int) -> PlaceKeys:
     """A key for each place of each row, [B T], in the pass that is to come."""
     of_pass = jax.vmap(jax.random.fold_in)(keys, passes)
     return jax.vmap(lambda key: jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(length)))(of_pass)
 
 
-def _of_places(draw: Callable[[Key], Array], keys: PRNGKeyArray, stream: int) -> Shaped[Array, "B T *n"]:
+def _of_places(draw: Callable[[Key], Array], keys: PlaceKeys, stream: int) -> Shaped[Array, "B T *n"]:
     return jax.vmap(jax.vmap(lambda key: draw(jax.random.fold_in(key, stream))))(keys)
 
 
-def _uniform(keys: PRNGKeyArray, stream: int) -> Float[Array, "B T"]:
+def _uniform(keys: PlaceKeys, stream: int) -> Float[Array, "B T"]:
     return _of_places(jax.random.uniform, keys, stream)
