@@ -4,6 +4,7 @@ For the bands from the heaviest noise to the lightest: run that band's stacks un
 edge of the next band; a row whose share is lower already, as in infilling, begins at the band that holds it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -22,6 +23,23 @@ from stackwise_jax.types import Keys, Params
 FORMS = ("independent", "suffix", "prefix", "step_local")
 Edges = tuple[float, float]
 """(low, high) masked share of a band; equal for a level."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """How a run lays noise out over depth.
+
+    Attributes:
+      bands: masked shares (low, high) of each band, leftmost stacks first.
+      stacks: of each band, likewise.
+      form: how bands are run; see `make_band_denoisers`.
+      heads: tapped after each band; None: the rack's for all.
+    """
+
+    bands: tuple[Edges, ...]
+    stacks: tuple[tuple[int, ...], ...]
+    form: str
+    heads: tuple[Params, ...] | None = None
 
 
 def make_band_denoisers(

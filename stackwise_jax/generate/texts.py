@@ -16,10 +16,11 @@ from stackwise_jax.evals.diversity import distinct, token_entropy
 from stackwise_jax.generate.autoregressive import generate
 from stackwise_jax.generate.blocks import generate_blocks
 from stackwise_jax.generate.denoise import RackDenoiser, check_length, denoise, pad_rows
+from stackwise_jax.generate.depth import Depth, denoise_by_depth, make_band_denoisers
 from stackwise_jax.generate.reveal import Rule, row_keys
 from stackwise_jax.memory.precision import DTYPES
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.types import Params
+from stackwise_jax.types import Keys, Params
 
 # C0 but for tab and newline, delete, and C1: what could move a terminal's cursor or colour it.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -60,9 +61,18 @@ class Samples:
 
 
 def continue_texts(
-    rack: Params, config: RunConfig, tokenizer: Tokenizer, prompts: Sequence[str], *, seed: int
+    rack: Params,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    depth: Depth | None = None,
 ) -> Samples:
     """Continues texts, each read as the beginning of a document, as `config.generation` says.
+
+    Args:
+      depth: of a run whose time is depth: the stacks of each band of noise unmask in turn. None: the whole rack reads.
 
     Raises:
       UserError: a prompt is no Unicode text, a text would be longer than the model's learned positions, or there are
@@ -71,9 +81,9 @@ def continue_texts(
     generation = config.generation
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     sampler = samplers(config)[0] if generation.sampler == "auto" else generation.sampler
-    if sampler == "denoise":
+    if depth is not None or sampler == "denoise":
         parts = [[prompt, generation.tokens] for prompt in prompts]
-        return _fill(rack, config, tokenizer, parts, seed=seed)
+        return _fill(rack, config, tokenizer, parts, seed=seed, depth=depth)
     allowed = allowed_ids(tokenizer, config.model.vocab_size, ends=sampler == "autoregressive")
     passes = None
     if sampler == "autoregressive":
@@ -112,17 +122,25 @@ def continue_texts(
     return Samples(tuple(rows), passes)
 
 
-def fill_texts(rack: Params, config: RunConfig, tokenizer: Tokenizer, texts: Sequence[str], *, seed: int) -> Samples:
-    """Fills the holes of texts: each [MASK:n] with n tokens, [MASK] with one.
+def fill_texts(
+    rack: Params,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    seed: int,
+    depth: Depth | None = None,
+) -> Samples:
+    """Fills the holes of texts: each [MASK:n] with n tokens, [MASK] with one. `depth`: as in `continue_texts`.
 
     Raises:
       UserError: the run does not fill in, a text has no hole, or see `continue_texts`.
     """
     sampler = samplers(config)[0] if config.generation.sampler == "auto" else config.generation.sampler
-    if sampler != "denoise":
+    if depth is None and sampler != "denoise":
         others = "" if "denoise" not in samplers(config) else ", or choose the sampler 'denoise', which fills holes"
         raise UserError(f"--infill: the sampler {sampler!r} of this run continues texts only; give --prompt{others}")
-    return _fill(rack, config, tokenizer, [parse_holes(text) for text in texts], seed=seed)
+    return _fill(rack, config, tokenizer, [parse_holes(text) for text in texts], seed=seed, depth=depth)
 
 
 def parse_holes(text: str) -> list[str | int]:
@@ -155,24 +173,22 @@ def printable(text: str) -> str:
 
 
 def _fill(
-    rack: Params, config: RunConfig, tokenizer: Tokenizer, texts: Sequence[Sequence[str | int]], *, seed: int
+    rack: Params,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[str | int]],
+    *,
+    seed: int,
+    depth: Depth | None,
 ) -> Samples:
     """Fills rows of given texts and numbers of masks, each the beginning of a document."""
     if not texts:
         return Samples((), 0)
-    generation, dtype = config.generation, DTYPES[config.precision.compute]
     runs = [[_part_ids(tokenizer, part) for part in parts] for parts in texts]
     rows = [np.concatenate([[tokenizer.bos_id], *own]).astype(np.int32) for own in runs]
     check_length(config.model, max(map(len, rows)))
-    filled, passes = denoise(
-        RackDenoiser(rack, config.model, tokenizer.mask_id, tokenizer.pad_id, dtype),
-        pad_rows(rows, tokenizer.pad_id),
-        keys=row_keys(jax.random.key(seed), len(rows)),
-        allowed=allowed_ids(tokenizer, config.model.vocab_size, ends=False),
-        rule=_rule(config, tokenizer),
-        steps=generation.steps,
-        block_length=generation.block_length,
-    )
+    canvas = pad_rows(rows, tokenizer.pad_id)
+    filled, passes = _fill_canvas(rack, config, tokenizer, canvas, row_keys(jax.random.key(seed), len(rows)), depth)
     samples = []
     for row, parts, own in zip(filled, texts, runs, strict=True):
         ends = 1 + np.cumsum([len(run) for run in own])
@@ -181,6 +197,35 @@ def _fill(
         holes = tuple(run for part, run in zip(parts, new, strict=True) if not isinstance(part, str))
         samples.append(Sample("".join(words), holes))
     return Samples(tuple(samples), passes)
+
+
+def _fill_canvas(
+    rack: Params,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    canvas: Int[np.ndarray, "B T"],
+    keys: Keys,
+    depth: Depth | None,
+) -> tuple[Int[np.ndarray, "B T"], int]:
+    generation, model, dtype = config.generation, config.model, DTYPES[config.precision.compute]
+    rule, allowed = _rule(config, tokenizer), allowed_ids(tokenizer, model.vocab_size, ends=False)
+    mask_id, pad_id = tokenizer.mask_id, tokenizer.pad_id
+    if depth is None:
+        denoiser, length = RackDenoiser(rack, model, mask_id, pad_id, dtype), generation.block_length
+        return denoise(
+            denoiser, canvas, keys=keys, allowed=allowed, rule=rule, steps=generation.steps, block_length=length
+        )
+    if generation.block_length is not None:
+        raise UserError(
+            f"generation.block_length={generation.block_length}: a run whose time is depth unmasks all places together, "
+            "band by band; leave it at None"
+        )
+    denoisers = make_band_denoisers(
+        rack, model, depth.stacks, form=depth.form, mask_id=mask_id, pad_id=pad_id, dtype=dtype, heads=depth.heads
+    )
+    return denoise_by_depth(
+        denoisers, depth.bands, canvas, keys=keys, allowed=allowed, rule=rule, steps=generation.steps
+    )
 
 
 def _rule(config: RunConfig, tokenizer: Tokenizer) -> Rule:
