@@ -217,8 +217,8 @@ def _fill_canvas(
         )
     if generation.block_length is not None:
         raise UserError(
-            f"generation.block_length={generation.block_length}: a run whose time is depth unmasks all places together, "
-            "band by band; leave it at None"
+            f"generation.block_length={generation.block_length}: a run whose time is depth unmasks all places "
+            "together, band by band; leave it at None"
         )
     denoisers = make_band_denoisers(
         rack, model, depth.stacks, form=depth.form, mask_id=mask_id, pad_id=pad_id, dtype=dtype, heads=depth.heads
