@@ -7,7 +7,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from stackwise_jax.models.layers import FeedForward, Linear, Norm, apply_together, dropout
+from stackwise_jax.models.layers import FeedForward, Linear, Norm, dropout
 from stackwise_jax.ops.attention import attention
 from stackwise_jax.ops.mask import Mask
 from stackwise_jax.ops.rope import apply_rope
@@ -66,8 +66,9 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         model = self.model
         rows = x.reshape(B * T, -1)  # once, so that the backward pass keeps it once
-        together = apply_together((self.query, self.key, self.value), rows)
-        queries, keys, values = (y.reshape(B, T, -1, model.d_head) for y in together)
+        queries = self.query(rows).reshape(B, T, model.n_heads, model.d_head)
+        keys = self.key(rows).reshape(B, T, model.n_kv_heads, model.d_head)
+        values = self.value(rows).reshape(B, T, model.n_kv_heads, model.d_head)
         if model.positions == "rotary":
             queries = apply_rope(queries, context.positions, model.rope_theta)
             keys = apply_rope(keys, context.positions, model.rope_theta)

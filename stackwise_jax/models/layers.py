@@ -1,8 +1,5 @@
 """The leaves: linear map, norm, feed-forward, dropout. They read weights; `weights.py` says what those are."""
 
-import itertools
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,20 +33,6 @@ class Norm(nn.Module):
         return apply_norm(self.get_variable("params", "scale"), self.get_variable("params", "bias"), x, self.model)
 
 
-def apply_together(maps: Sequence[Linear], x: Float[Array, "*B D"]) -> list[Float[Array, "*B _"]]:
-    """Several maps of one input, in one multiplication where all are plain arrays: larger, and x is read once."""
-    kernels = [one.get_variable("params", "kernel") for one in maps]
-    if not all(isinstance(kernel, jax.Array) for kernel in kernels):
-        return [one(x) for one in maps]
-    dtype = maps[0].dtype
-    y = matmul(x, jnp.concatenate([kernel.astype(dtype) for kernel in kernels], axis=1), dtype=dtype)
-    if maps[0].has_variable("params", "bias"):
-        biases = [one.get_variable("params", "bias").astype(dtype) for one in maps]
-        y = jnp.add(y, _as_row(jnp.concatenate(biases), y))
-    ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
-    return jnp.split(y, ends[:-1], axis=-1)
-
-
 def apply_norm(scale: Array, bias: Array | None, x: Float[Array, "*B D"], model: ModelConfig) -> Float[Array, "*B D"]:
     """Normalises the last axis; `bias` is None for RMSNorm."""
     return normalise(x, scale, bias, subtracts_mean=model.norm == "layernorm", epsilon=model.norm_epsilon)
@@ -76,8 +59,7 @@ class FeedForward(nn.Module):
         if self.model.ffn == "gelu":
             hidden = activate(self.up(rows), None, self.model.ffn)
         else:
-            gate, up = apply_together((self.gate, self.up), rows)
-            hidden = activate(gate, up, self.model.ffn)
+            hidden = activate(self.gate(rows), self.up(rows), self.model.ffn)
         return self.down(hidden).reshape(x.shape)
 
 
