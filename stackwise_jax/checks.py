@@ -15,6 +15,8 @@ COMPUTE_PRECISIONS = (*PRECISIONS, "fp16")
 LIVE_PRECISIONS = (*COMPUTE_PRECISIONS, "fp8")
 QUANTISED = ("fp8", "nvfp4", "nf4")
 TRUNK_PRECISIONS = (*COMPUTE_PRECISIONS, *QUANTISED)
+SAMPLERS = ("autoregressive", "denoise", "blocks")
+REVEAL_ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
 GROWING_MODES = ("layerwise", "blockwise", "stackwise")
 LINEAR_MAPS = ("query", "key", "value", "output", "up", "gate", "down")
 RANK_PATTERNS = ("constant", "increasing", "decreasing")
@@ -69,6 +71,7 @@ def settle(config: RunConfig) -> RunConfig:
     _check_adapters(config)
     _check_data(config)
     _check_mesh(config)
+    _check_generation(config)
     return config
 
 
@@ -97,6 +100,8 @@ def _check_choices(config: RunConfig) -> None:
         "precision.compute": (config.precision.compute, COMPUTE_PRECISIONS),
         "precision.trunk": (config.precision.trunk, TRUNK_PRECISIONS),
         "precision.cache": (config.precision.cache, CACHE_PRECISIONS),
+        "generation.sampler": (config.generation.sampler, ("auto", *SAMPLERS)),
+        "generation.order": (config.generation.order, REVEAL_ORDERS),
         "cache.tier": (config.cache.tier, ("auto", "device", "host", "disk")),
         "cache.on_mismatch": (config.cache.on_mismatch, ("rebuild", "stop")),
     }
@@ -122,13 +127,14 @@ _AT_LEAST: dict[str, float] = {
     "cache.chunk_bytes": 1, "cache.window_gib": 0, "cache.window_visits": 1,
     "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
     "checkpoint.keep": 1, "evaluation.rows": 1, "evaluation.every_steps": 1, "generation.samples": 0,
-    "generation.tokens": 1, "generation.temperature": 0, "generation.top_k": 0, "logging.every_steps": 1,
+    "generation.tokens": 1, "generation.temperature": 0, "generation.top_k": 0, "generation.steps": 1,
+    "generation.block_length": 1, "logging.every_steps": 1,
     "logging.peak_flops": 1, "mesh.data": 1, "mesh.fsdp": 1, "mesh.processes": 1, "mesh.process_id": 0,
 }  # fmt: skip
 _FRACTIONS = (
     "model.dropout", "data.validation_fraction", "objective.rate_min", "objective.rate_max", "optimizer.beta1",
     "optimizer.beta2", "optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
-    "generation.top_p",
+    "generation.top_p", "generation.remask", "generation.threshold",
 )  # fmt: skip
 
 
@@ -143,11 +149,18 @@ def _check_ranges(config: RunConfig) -> None:
         value = value_of(field)
         _require(value is None or value >= least, f"{field}={value} must be at least {least:g}")
     for field in _FRACTIONS:
-        _require(0.0 <= value_of(field) <= 1.0, f"{field}={value_of(field)} must lie between 0 and 1")
+        value = value_of(field)
+        _require(value is None or 0.0 <= value <= 1.0, f"{field}={value} must lie between 0 and 1")
     limit = config.model.stability.spectral_norm
     _require(limit is None or limit > 0.0, f"model.stability.spectral_norm={limit} must be above 0, or None for none")
     _require(config.seed < 2**32, f"seed={config.seed} must be below 2**32")
-    for field in ("model.dropout", "optimizer.beta1", "optimizer.beta2", "data.validation_fraction"):
+    for field in (
+        "model.dropout",
+        "optimizer.beta1",
+        "optimizer.beta2",
+        "data.validation_fraction",
+        "generation.remask",
+    ):
         _require(value_of(field) < 1.0, f"{field}={value_of(field)} must be below 1")
 
 
@@ -255,6 +268,42 @@ def _check_data(config: RunConfig) -> None:
     _require(
         data.max_rows is None or data.max_rows < 2**31,
         f"data.max_rows={data.max_rows} must be below 2**31, which is all rows that can be numbered",
+    )
+
+
+def samplers(config: RunConfig) -> tuple[str, ...]:
+    """How a run can be read, its default first; `generation.sampler` chooses among them."""
+    if config.objective.name == "clm":
+        return ("autoregressive",)
+    return ("denoise",) if config.model.attention == "causal" else ("denoise", "blocks")
+
+
+def _check_generation(config: RunConfig) -> None:
+    generation, possible = config.generation, samplers(config)
+    run = f"objective.name={config.objective.name!r}, model.attention={config.model.attention!r}"
+    _require(
+        generation.sampler in ("auto", *possible),
+        f"generation.sampler={generation.sampler!r} cannot read this run ({run}); it can be read by: "
+        + ", ".join(possible),
+    )
+    sampler = possible[0] if generation.sampler == "auto" else generation.sampler
+    _require(generation.repetition_penalty > 0.0, "generation.repetition_penalty=0 must be above 0; 1 is no penalty")
+    defaults = {"steps": None, "order": "confidence", "remask": 0.0, "threshold": None, "block_length": None}
+    for name, default in defaults.items():
+        value = getattr(generation, name)
+        _require(
+            sampler != "autoregressive" or value == default,
+            f"generation.{name}={value!r} is for samplers that unmask, and this run ({run}) is read one token after "
+            f"another; leave it at {default!r}",
+        )
+    _require(
+        generation.threshold is None or (generation.order == "confidence" and generation.remask == 0.0),
+        f"generation.threshold={generation.threshold} needs generation.order='confidence' and generation.remask=0, not "
+        f"{generation.order!r} and {generation.remask}",
+    )
+    _require(
+        sampler != "blocks" or generation.block_length is not None,
+        "generation.sampler='blocks' needs generation.block_length; give the number of places of a block",
     )
 
 

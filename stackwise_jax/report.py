@@ -18,7 +18,7 @@ from stackwise_jax import config as config_lib
 from stackwise_jax.data.corpus import Corpus, Split, prepare_corpus
 from stackwise_jax.data.pipeline import validation_batches
 from stackwise_jax.evals.ngram import Pairs, ngram_scores
-from stackwise_jax.generate.autoregressive import continue_texts, printable
+from stackwise_jax.generate.texts import continue_texts, printable
 from stackwise_jax.memory import processes
 from stackwise_jax.memory.placement import make_placement
 from stackwise_jax.schema import ArchitectureConfig, RunConfig
@@ -63,12 +63,11 @@ def _train_and_report(config: RunConfig, workdir: Path) -> None:
         rows += [(label, nats, bits) for _, nats, bits in _held_out_rows(control_result.held_out)]
     print()
     print(table(config, rows))
-    if config.generation.samples and config.objective.name == "clm":
+    if config.generation.samples:
         print_samples(config, corpus, result)
     folder = shlex.quote(str(workdir))
     print()
-    if config.objective.name == "clm":
-        print(f'more text:     python -m stackwise_jax.generate --workdir={folder} --prompt="..."')
+    print(f'more text:     python -m stackwise_jax.generate --workdir={folder} --prompt="..."')
     print(f"more numbers:  python -m stackwise_jax.evaluate --workdir={folder}")
     print(f"run folder:    {workdir}")
 
@@ -151,13 +150,15 @@ def table(config: RunConfig, rows: Rows) -> str:
 
 
 def print_samples(config: RunConfig, corpus: Corpus, result: loop.Result) -> None:
-    """Prints `config.generation.samples` continuations of the config's prompt."""
+    """Prints `config.generation.samples` continuations of the config's prompt, and how different several are."""
     prompt = config.generation.prompt
     prompts = [prompt] * config.generation.samples
-    texts = continue_texts(result.rack, config, corpus.tokenizer, prompts, seed=config.seed)
-    for number, text in enumerate(texts, start=1):
-        print(f"\n--- sample {number} of {len(texts)}, prompt {prompt!r}")
-        print(printable(prompt + text))
+    samples = continue_texts(result.rack, config, corpus.tokenizer, prompts, seed=config.seed)
+    for number, sample in enumerate(samples.rows, start=1):
+        print(f"\n--- sample {number} of {len(samples.rows)}, prompt {prompt!r}")
+        print(printable(sample.text))
+    if len(samples.rows) > 1:
+        print(f"\n{samples.figures}")
 
 
 def _held_out_rows(held_out: Mapping[str, Mapping[str, float]]) -> Rows:

@@ -206,14 +206,21 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Samples printed when a causal run ends."""
+    """Samples printed when a run ends, and the defaults of `python -m stackwise_jax.generate`."""
 
     samples: int = 0  # how many
-    tokens: int = 96  # at most, of each
+    tokens: int = 96  # of each: at most (autoregressive), or exactly
     prompt: str = ""  # empty: from the beginning of a document
+    sampler: str = "auto"  # auto (by the objective) | autoregressive | denoise | blocks
     temperature: float = 0.8  # 0: always the likeliest
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # 1: all
+    repetition_penalty: float = 1.0  # divides the scores of what was said before; 1: none
+    steps: int | None = None  # passes a sample, of samplers that unmask; None: one a masked place
+    order: str = "confidence"  # of revealing: confidence | margin | entropy | random | left_to_right
+    remask: float = 0.0  # probability that a pass masks a revealed place again, but for the last passes
+    threshold: float | None = None  # also reveal every place this confident; steps are then the most; None: never
+    block_length: int | None = None  # unmask blocks of so many places left to right; None: all places together
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ Params = dict[str, Any]
 """A plain tree of arrays with string keys; the keys are the names in the checkpoint."""
 
 Key = PRNGKey[Array, ""]
+Keys = PRNGKey[Array, "B"]
 
 if TYPE_CHECKING:
     AnyArray = Any  # the pipeline's batches are numpy, those inside a step are JAX's; both have what is used of them

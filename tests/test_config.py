@@ -22,6 +22,9 @@ from stackwise_jax.schema import RunConfig
 ROOT = Path(__file__).resolve().parents[1]
 
 
+MASKED = {"objective__name": "mlm", "model__attention": "bidirectional"}
+
+
 def edited(**fields: Any) -> dict[str, Any]:
     """The default config as a nested dict with `a__b=value` written at a.b."""
     entries = copy.deepcopy(dataclasses.asdict(RunConfig()))
@@ -135,6 +138,24 @@ def test_progressive_switched_off_is_end_to_end():
         ({"data__source": "a.txt@nan"}, ["'a.txt' by nan"]),
         ({"data__source": "a.txt@0.5; b.txt"}, ["gives 'b.txt' no weight"]),
         ({"data__validation_source": "a.txt@-1"}, ["data.validation_source='a.txt@-1'"]),
+        ({"generation__sampler": "beam"}, ["generation.sampler='beam'", "denoise"]),
+        ({"generation__sampler": "blocks"}, ["generation.sampler='blocks'", "it can be read by: autoregressive"]),
+        ({"generation__order": "entropi"}, ["generation.order='entropi'", '"entropy"']),
+        ({"generation__remask": 0.1}, ["generation.remask=0.1", "leave it at 0.0"]),
+        ({"generation__remask": 1.0}, ["generation.remask=1.0", "below 1"]),
+        ({"generation__steps": 0}, ["generation.steps=0", "at least 1"]),
+        ({"generation__threshold": 1.5}, ["generation.threshold=1.5", "between 0 and 1"]),
+        ({"generation__repetition_penalty": 0.0}, ["generation.repetition_penalty=0", "1 is no penalty"]),
+        ({"generation__block_length": 0}, ["generation.block_length=0", "at least 1"]),
+        (
+            {**MASKED, "generation__threshold": 0.9, "generation__remask": 0.1},
+            ["generation.threshold=0.9", "'confidence' and 0.1"],
+        ),
+        ({**MASKED, "generation__sampler": "blocks"}, ["generation.sampler='blocks'", "generation.block_length"]),
+        (
+            {**MASKED, "model__attention": "causal", "generation__sampler": "blocks"},
+            ["generation.sampler='blocks'", "read by: denoise"],
+        ),
         ({"training__phase_budget": "many"}, ["training.phase_budget='many'", "200 steps"]),
         ({"training__phase_budget": "0 steps"}, ["training.phase_budget='0 steps'", "at least one step"]),
         ({"training__embedding_budget": "5 M tokens"}, ["training.embedding_budget='5 M tokens'"]),

@@ -5,7 +5,6 @@ holds place `s - first` of a row, `first` being the slot of the row's first real
 """
 
 import functools
-import re
 from collections.abc import Sequence
 
 import jax
@@ -14,65 +13,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
-from stackwise_jax.generate.sampling import sample
-from stackwise_jax.memory.precision import DTYPES
+from stackwise_jax.generate.sampling import present, sample
 from stackwise_jax.models.block import Context, KeyValues
 from stackwise_jax.models.rack import decode_rack, init_key_values
 from stackwise_jax.ops.mask import decoding_mask
-from stackwise_jax.schema import ModelConfig, RunConfig
+from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
 
-# C0 but for tab and newline, delete, and C1: what could move a terminal's cursor or colour it.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-_Carry = tuple[Array, Array, Array, list[KeyValues]]  # of the loop: new tokens so far, their ids, rows done, the store
-
-
-def continue_texts(
-    rack: Params, config: RunConfig, tokenizer: Tokenizer, prompts: Sequence[str], *, seed: int
-) -> list[str]:
-    """Continues texts, each read as the beginning of a document, as `config.generation` says.
-
-    Returns:
-      The continuation of each prompt, without the prompt.
-
-    Raises:
-      UserError: the run is not causal, a prompt is no Unicode text, or a text would be longer than the model's learned
-        positions.
-    """
-    if config.objective.name != "clm":
-        raise UserError(_not_causal(f"objective.name={config.objective.name!r}"))
-    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    generation = config.generation
-    continued = generate(
-        rack,
-        config.model,
-        ids,
-        tokens=generation.tokens,
-        key=jax.random.key(seed),
-        allowed=allowed_ids(tokenizer, config.model.vocab_size),
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        eos_id=tokenizer.eos_id,
-        dtype=DTYPES[config.precision.compute],
-    )
-    return [tokenizer.decode(row[len(prompt) :]) for row, prompt in zip(continued, ids, strict=True)]
-
-
-def allowed_ids(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, "V"]:
-    """Ids that a continuation may hold: those of text, and the end of the document."""
-    allowed = np.arange(vocab_size) < tokenizer.vocab_size
-    allowed[list(tokenizer.special_ids)] = False
-    allowed[tokenizer.eos_id] = True
-    return allowed
-
-
-def printable(text: str) -> str:
-    """A text without the control characters that a terminal would obey; tabs and newlines stay."""
-    return _CONTROL.sub("", text)
+# Of the loop: new tokens so far, their ids, rows done, ids said where they count, the store.
+_Carry = tuple[Array, Array, Array, Array | None, list[KeyValues]]
 
 
 def generate(
@@ -88,13 +38,14 @@ def generate(
     top_p: float,
     eos_id: int | None,
     dtype: DTypeLike,
+    repetition_penalty: float = 1.0,
 ) -> list[Int[np.ndarray, "_"]]:
     """Continues prompts of any lengths by up to `tokens` ids each.
 
     Args:
       prompts: ids, at least one each; their first is at position 0.
       key: of the draws; row b of new token t has a stream of its own.
-      allowed, temperature, top_k, top_p: see `sample`.
+      allowed, temperature, top_k, top_p, repetition_penalty: see `sample`; prompts count as said.
       eos_id: ends a row; None: every row gets all `tokens`.
       dtype: of matmul inputs, and of the stored keys and values.
 
@@ -106,7 +57,10 @@ def generate(
       ValueError: a prompt without ids.
     """
     if model.attention != "causal":
-        raise UserError(_not_causal(f"model.attention={model.attention!r}"))
+        raise UserError(
+            f"model.attention={model.attention!r}: stored keys and values are for causal attention; "
+            "a rack that fills in masked places is read by generation.sampler='denoise'"
+        )
     if not prompts:
         return []
     lengths = [len(prompt) for prompt in prompts]
@@ -120,9 +74,8 @@ def generate(
         )
     padded = np.stack([np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]).astype(np.int32)
     first = np.array([longest - length for length in lengths], np.int32)
-    new = np.asarray(
-        _generate(rack, padded, first, key, allowed, model, tokens, temperature, top_k, top_p, eos_id, dtype)
-    )
+    drawing = (temperature, top_k, top_p, repetition_penalty)
+    new = np.asarray(_generate(rack, padded, first, key, allowed, model, tokens, drawing, eos_id, dtype))
     return [
         np.concatenate([prompt.astype(np.int32), _until(row, eos_id)]) for prompt, row in zip(prompts, new, strict=True)
     ]
@@ -180,7 +133,7 @@ def _read(
     return decode_rack(rack, tokens, context, stored, model, dtype=dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "n_tokens", "temperature", "top_k", "top_p", "eos_id", "dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "n_tokens", "drawing", "eos_id", "dtype"))
 def _generate(
     rack: Params,
     padded: Int[Array, "B T"],
@@ -189,37 +142,40 @@ def _generate(
     allowed: Bool[Array, "V"],
     model: ModelConfig,
     n_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    drawing: tuple[float, int, float, float],
     eos_id: int | None,
     dtype: DTypeLike,
 ) -> Int[Array, "B n"]:
-    """The new ids of every row; after `eos_id` a row repeats it."""
+    """The new ids of every row; after `eos_id` a row repeats it. `drawing`: temperature, top-k, top-p, penalty."""
     B, T = padded.shape
+    temperature, top_k, top_p, penalty = drawing
 
-    def pick(logits: Array, t: Array, done: Array) -> tuple[Array, Array]:
-        own_key = jax.random.fold_in(key, t)
-        token = sample(own_key, logits, allowed=allowed, temperature=temperature, top_k=top_k, top_p=top_p)
+    def pick(logits: Array, t: Array, done: Array, seen: Array | None) -> tuple[Array, Array, Array | None]:
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": penalty}
+        token = sample(jax.random.fold_in(key, t), logits, allowed=allowed, seen=seen, **options)
+        seen = None if seen is None else seen.at[jnp.arange(B), token].set(True)
         if eos_id is None:
-            return token, done
+            return token, done, seen
         token = jnp.where(done, eos_id, token)
-        return token, token == eos_id
+        return token, token == eos_id, seen
 
     def unfinished(carry: _Carry) -> Array:
-        t, _, done, *_ = carry
+        t, _, done, _, _ = carry
         return (t < n_tokens) & ~jnp.all(done)
 
     def step(carry: _Carry) -> _Carry:
-        t, new, done, stored = carry
+        t, new, done, seen, stored = carry
         logits, stored = read_token(rack, new[:, t - 1], T + t - 1, first, stored, model, dtype=dtype)
-        token, done = pick(logits, t, done)
-        return t + 1, new.at[:, t].set(token), done, stored
+        token, done, seen = pick(logits, t, done, seen)
+        return t + 1, new.at[:, t].set(token), done, seen, stored
 
     logits, stored = read_prompts(rack, padded, first, model, slots=T + n_tokens - 1, dtype=dtype)
-    token, done = pick(logits, jnp.int32(0), jnp.zeros(B, bool))
+    seen = None
+    if penalty != 1.0:  # padding stands for no id
+        seen = present(jnp.where(jnp.arange(T)[None, :] < first[:, None], model.vocab_size, padded), model.vocab_size)
+    token, done, seen = pick(logits, jnp.int32(0), jnp.zeros(B, bool), seen)
     new = jnp.full((B, n_tokens), 0 if eos_id is None else eos_id, jnp.int32).at[:, 0].set(token)
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(1), new, done, stored))[1]
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(1), new, done, seen, stored))[1]
 
 
 def _until(row: Int[np.ndarray, "n"], eos_id: int | None) -> Int[np.ndarray, "_"]:
@@ -227,18 +183,3 @@ def _until(row: Int[np.ndarray, "n"], eos_id: int | None) -> Int[np.ndarray, "_"
     if eos_id is None or eos_id not in row:
         return row
     return row[: np.argmax(row == eos_id) + 1]
-
-
-def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, "_"]:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
-        raise UserError(f"prompt {prompt!r} is not Unicode text; give it in UTF-8") from None
-    return np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
-
-
-def _not_causal(field: str) -> str:
-    return (
-        f"{field}: a run that fills in masked places cannot continue a text; measure it with "
-        "python -m stackwise_jax.evaluate, or train with objective.name='clm' and model.attention='causal'"
-    )

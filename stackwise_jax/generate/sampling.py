@@ -1,4 +1,4 @@
-"""Which token comes next: temperature, then top-k, then nucleus sampling, over the ids that may occur at all."""
+"""Which token comes next: penalty, temperature, then top-k, then nucleus sampling, over the ids that may occur."""
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ def sample(
     temperature: float,
     top_k: int,
     top_p: float,
+    repetition_penalty: float = 1.0,
+    seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, "B"]:
     """Draws one id a row from softmax(logits / temperature), restricted to `allowed` ids and then to `most_likely`.
 
@@ -26,8 +28,13 @@ def sample(
       temperature: 0 takes the largest logit, the lowest id of equals; `key` is then unused.
       top_k: ids a row that may be drawn; 0: all.
       top_p: probability that must be kept, in [0, 1]; 1: all.
+      repetition_penalty: see `penalise`; 1: none.
+      seen: ids that it counts as said; None: none.
     """
-    scores = jnp.where(allowed[None, :], logits.astype(jnp.float32), -jnp.inf)
+    scores = logits.astype(jnp.float32)
+    if repetition_penalty != 1.0 and seen is not None:
+        scores = penalise(scores, seen, repetition_penalty)
+    scores = jnp.where(allowed[None, :], scores, -jnp.inf)
     if temperature == 0.0:
         return jnp.argmax(scores, axis=1)
     # The largest score becomes 0, so that no small temperature overflows.
@@ -54,3 +61,17 @@ def most_likely(scores: Float[Array, "B V"], *, top_k: int, top_p: float) -> Boo
     falling = jnp.take_along_axis(probabilities, order, axis=1)
     before = jnp.pad(jnp.cumsum(falling, axis=1)[:, :-1], ((0, 0), (1, 0)))
     return kept & ((rank == 0) | (jnp.take_along_axis(before, rank, axis=1) < top_p))
+
+
+def present(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"]:
+    """Marks the ids that occur in each row; an id outside the vocabulary marks nothing."""
+    rows = jnp.arange(len(tokens))[:, None]
+    return jnp.zeros((len(tokens), vocab_size), bool).at[rows, tokens].set(True, mode="drop")
+
+
+def penalise(scores: Float[Array, "*B V"], seen: Bool[Array, "*#B V"], penalty: float) -> Float[Array, "*B V"]:
+    """Divides the scores of ids that were said before by `penalty`, or multiplies them where they are negative.
+
+    Keskar et al. (2019), section 4.1, with the sign as in common use, so that a penalty above 1 always lowers a score.
+    """
+    return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)

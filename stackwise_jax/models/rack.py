@@ -125,12 +125,30 @@ def decode_rack(
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "B V"], list[KeyValues]]:
     """Reads `T` more places after those stored; returns float32 logits of the last one and what is stored now."""
+    x, extended = decode_stacks(rack, inputs, context, stored, model, dtype=dtype)
+    return rack_logits(rack, x[:, -1:], model)[:, 0], extended
+
+
+def decode_stacks(
+    rack: Params,
+    inputs: Int[Array, "B T"],
+    context: Context,
+    stored: list[KeyValues],
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "B T D"], list[KeyValues]]:
+    """As `decode_rack`, but returns what the last stack puts out, before the final norm, at every place."""
     x = apply_embedding(rack["embedding"], inputs, context.positions, model, dtype=dtype)
     extended = []
     for stack, stack_stored in zip(rack["stacks"], stored, strict=True):
         x, stack_stored = decode_stack(stack, x, context, stack_stored, model, dtype=dtype)
         extended.append(stack_stored)
-    last = apply_head_norm(rack["head"], x[:, -1:], model)[:, 0]
+    return x, extended
+
+
+def rack_logits(rack: Params, x: Float[Array, "B T D"], model: ModelConfig) -> Float[Array, "B T V"]:
+    """float32 logits of what the last stack puts out."""
+    x = apply_head_norm(rack["head"], x, model)
     table = output_table(rack["head"], rack["embedding"])
-    logits = jnp.einsum("BD,VD->BV", last, table.astype(last.dtype), preferred_element_type=jnp.float32)
-    return logits, extended
+    return jnp.einsum("BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)

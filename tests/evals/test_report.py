@@ -96,17 +96,21 @@ def test_the_report_says_the_same_again_without_training(
     assert (folder / report.CONTROL_FOLDER / "config.json").exists()
 
 
-def test_a_masked_run_has_neither_bits_nor_samples(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_masked_run_has_samples_but_no_bits(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = tiny(
         model__architecture__n_stacks=1,
         objective__name="mlm",
         model__attention="bidirectional",
         evaluation__ngrams=True,
         generation__samples=2,
+        generation__tokens=5,
+        generation__steps=2,
     )
     report.train_and_report(config, tmp_path / "run")
     told = capsys.readouterr().out
     told = told[told.index("held-out masked cross-entropy") :]
     assert "unigram" in told
-    for absent in ("bits", "bigram", "sample", "generate", "perplexity"):
+    assert told.count("--- sample") == 2
+    assert re.search(r"^2 samples: distinct-2 \d\.\d{3}, entropy \d\.\d{3} nats, 2 network evaluations$", told, re.M)
+    for absent in ("bits", "bigram", "perplexity"):
         assert absent not in told

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from stackwise_jax.errors import UserError
-from stackwise_jax.generate.autoregressive import _generate, generate, printable, read_prompts, read_token
+from stackwise_jax.generate.autoregressive import _generate, generate, read_prompts, read_token
+from stackwise_jax.generate.texts import printable
 from stackwise_jax.models.rack import apply_rack, init_rack, output_table, row_context
 from stackwise_jax.schema import ArchitectureConfig, ModelConfig
 from stackwise_jax.types import Params
@@ -146,6 +147,20 @@ def test_forbidden_ids_do_not_occur():
         assert all(allowed[i] for row, p in zip(rows, PROMPTS, strict=True) for i in row[len(p) :])
 
 
+def test_the_penalty_counts_what_the_row_said_and_no_padding():
+    for penalty in (1.0, 1.4):
+        rows = continued(PLAIN, PROMPTS, tokens=5, repetition_penalty=penalty)
+        for row, prompt in zip(rows, PROMPTS, strict=True):
+            ids = prompt
+            for _ in range(5):
+                logits = full_logits(PLAIN, ids)
+                said = np.isin(np.arange(VOCAB), ids)
+                lower = np.where(logits > 0, logits / penalty, logits * penalty)
+                ids = np.append(ids, np.argmax(np.where(said, lower, logits)))
+            assert row == ids.tolist()
+    assert rows != continued(PLAIN, PROMPTS, tokens=5)
+
+
 def test_eos_ends_its_row_and_no_other():
     free = continued(PLAIN, PROMPTS)
     eos = free[0][len(PROMPTS[0]) + 2]
@@ -158,7 +173,7 @@ def test_eos_ends_its_row_and_no_other():
 def test_one_program_whatever_the_number_of_tokens():
     def program(tokens: int) -> str:
         arrays = (rack_of(PLAIN), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32), jax.random.key(0))
-        options = (PLAIN, tokens, 0.0, 0, 1.0, None, jnp.float32)
+        options = (PLAIN, tokens, (0.0, 0, 1.0, 1.0), None, jnp.float32)
         return _generate.lower(*arrays, jnp.ones(VOCAB, bool), *options).as_text()
 
     assert program(12).count("\n") == program(3).count("\n")
@@ -185,7 +200,7 @@ def test_bfloat16_and_a_rack_without_stacks_generate_too():
 
 
 def test_what_cannot_be_continued_is_refused():
-    with pytest.raises(UserError, match=r"bidirectional.*evaluate"):
+    with pytest.raises(UserError, match=r"bidirectional.*denoise"):
         continued(dataclasses.replace(PLAIN, attention="bidirectional"), PROMPTS)
     with pytest.raises(ValueError, match="bos"):
         continued(PLAIN, [np.array([], np.int32)])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_jax.generate.sampling import most_likely, sample
+from stackwise_jax.generate.sampling import most_likely, penalise, present, sample
 
 VOCAB = 9
 ALL = np.ones(VOCAB, bool)
@@ -111,3 +111,23 @@ def test_a_row_draws_the_same_whatever_rows_are_beside_it(key: jax.Array):
     six = sample(key, logits, **options)
     np.testing.assert_array_equal(six[:2], sample(key, logits[:2], **options))
     assert len(set(np.asarray(six).tolist())) > 1  # rows have streams of their own
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows, st.sets(st.integers(0, VOCAB - 1)), st.floats(0.5, 3, width=32))
+def test_what_was_said_is_penalised(scores: np.ndarray, said: set[int], penalty: float):
+    tokens = np.full((1, VOCAB), VOCAB)  # no id at all
+    tokens[0, : len(said)] = list(said)
+    seen = present(jnp.array(tokens), VOCAB)
+    np.testing.assert_array_equal(np.flatnonzero(seen[0]), sorted(said))
+    expected = [
+        (s / penalty if s > 0 else s * penalty) if i in said else s for i, s in enumerate(scores[0].astype(np.float64))
+    ]
+    np.testing.assert_allclose(penalise(jnp.array(scores), seen, penalty)[0], expected, rtol=1e-6)
+
+
+def test_the_penalty_of_a_negative_score_is_no_reward(key: jax.Array):
+    scores, seen = jnp.array([[-1.0, -1.5, -9.0]]), jnp.array([[True, False, False]])
+    options = {"allowed": jnp.ones(3, bool), "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seen": seen}
+    assert sample(key, scores, **options, repetition_penalty=2.0).item() == 1
+    assert sample(key, scores, **options).item() == 0

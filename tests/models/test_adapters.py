@@ -11,6 +11,7 @@ import pytest
 from stackwise_jax.checks import adapter_ranks
 from stackwise_jax.config import resolve
 from stackwise_jax.errors import UserError
+from stackwise_jax.memory.precision import from_storage, to_storage
 from stackwise_jax.models.adapters import adapter_parameters, adapter_table, attach, init_adapter, merge
 from stackwise_jax.models.block import Context, KeyValues
 from stackwise_jax.models.rack import row_context
@@ -116,6 +117,20 @@ def test_gradients_are_finite_differences():
     measured = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
     assert measured == pytest.approx(slope, rel=1e-2)
     assert measured != pytest.approx(slope - float(of_x.sum()), rel=1e-2)  # the gradient through the base counts
+
+
+def test_a_quantised_base_takes_adapters():
+    """QLoRA (Dettmers et al., 2023): four bits below, float32 beside them."""
+    stored = to_storage(STACK, "nf4")
+    adapter_loss = lambda adapter, stack: loss(attach(stack, adapter, ALPHA))  # noqa: E731
+    value, gradient = jax.value_and_grad(adapter_loss)(TRAINED, stored)
+    expected, gradient_of_decoded = jax.value_and_grad(adapter_loss)(TRAINED, from_storage(stored, jnp.float32))
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (gradient, gradient_of_decoded)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert float(value) != pytest.approx(float(adapter_loss(TRAINED, STACK)), rel=1e-3)  # the twin: four bits show
+    with pytest.raises(TypeError, match="Quantised"):
+        merge(stored, TRAINED, ALPHA)
 
 
 def test_adapters_decode_as_they_read_whole_rows():
