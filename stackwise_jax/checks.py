@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 from stackwise_jax.errors import UserError, did_you_mean
-from stackwise_jax.schema import RunConfig
+from stackwise_jax.schema import AdapterConfig, RunConfig
 
 PRECISIONS = ("fp32", "bf16")
 CACHE_PRECISIONS = (*PRECISIONS, "fp8")
@@ -18,6 +18,8 @@ TRUNK_PRECISIONS = (*COMPUTE_PRECISIONS, *QUANTISED)
 SAMPLERS = ("autoregressive", "denoise", "blocks")
 REVEAL_ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
 GROWING_MODES = ("layerwise", "blockwise", "stackwise")
+LINEAR_MAPS = ("query", "key", "value", "output", "up", "gate", "down")
+RANK_PATTERNS = ("constant", "increasing", "decreasing")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -66,6 +68,7 @@ def settle(config: RunConfig) -> RunConfig:
     )
     _check_model(config)
     _check_training(config)
+    _check_adapters(config)
     _check_data(config)
     _check_mesh(config)
     _check_generation(config)
@@ -92,6 +95,8 @@ def _check_choices(config: RunConfig) -> None:
         "training.progressive.trunk_strategy": (training.progressive.trunk_strategy, ("frozen",)),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.schedule": (config.optimizer.schedule, ("wsd", "cosine")),
+        "precision.weights": (config.precision.weights, PRECISIONS),
+        "precision.optimizer": (config.precision.optimizer, (*PRECISIONS, "int8")),
         "precision.compute": (config.precision.compute, COMPUTE_PRECISIONS),
         "precision.trunk": (config.precision.trunk, TRUNK_PRECISIONS),
         "precision.cache": (config.precision.cache, CACHE_PRECISIONS),
@@ -110,10 +115,12 @@ def _check_choices(config: RunConfig) -> None:
 _AT_LEAST: dict[str, float] = {
     "model.vocab_size": 16, "model.d_model": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_head": 1,
     "model.d_ff": 1, "model.max_positions": 1, "model.norm_epsilon": 0, "model.rope_theta": 1, "model.init_std": 0,
+    "model.stability.residual_gain": 0, "model.stability.z_loss": 0,
     "model.architecture.n_stacks": 1, "model.architecture.blocks_per_stack": 1,
     "data.seq_len": 2, "data.max_bytes": 1, "data.max_rows": 1, "objective.mask_variants": 1, "seed": 0,
     "training.block_group": 1, "training.batch_size": 1, "training.accumulation_steps": 1,
     "training.loss_chunk_tokens": 1, "training.unroll_blocks": 1,
+    "training.adapters.rank": 1, "training.adapters.alpha": 0, "training.adapters.learning_rate_scale": 0,
     "optimizer.learning_rate": 0, "optimizer.muon_learning_rate": 0, "optimizer.head_learning_rate_scale": 0,
     "optimizer.epsilon": 0, "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
@@ -144,6 +151,8 @@ def _check_ranges(config: RunConfig) -> None:
     for field in _FRACTIONS:
         value = value_of(field)
         _require(value is None or 0.0 <= value <= 1.0, f"{field}={value} must lie between 0 and 1")
+    limit = config.model.stability.spectral_norm
+    _require(limit is None or limit > 0.0, f"model.stability.spectral_norm={limit} must be above 0, or None for none")
     _require(config.seed < 2**32, f"seed={config.seed} must be below 2**32")
     for field in (
         "model.dropout",
@@ -205,6 +214,46 @@ def _check_training(config: RunConfig) -> None:
         f"optimizer.warmup_fraction={optimizer.warmup_fraction} and decay_fraction={optimizer.decay_fraction} "
         "must not exceed 1 together",
     )
+
+
+def _check_adapters(config: RunConfig) -> None:
+    adapters = config.training.adapters
+    for name in adapters.targets.split(","):
+        _one_of("training.adapters.targets", name.strip(), ("all", *LINEAR_MAPS))
+    _require(
+        config.model.ffn != "gelu" or "gate" not in adapters.targets,
+        f"training.adapters.targets={adapters.targets!r}: model.ffn='gelu' has no gate; leave it out",
+    )
+    if adapters.ranks not in RANK_PATTERNS:
+        sizes = {"layerwise": config.model.n_blocks, "blockwise": config.model.n_blocks // config.training.block_group}
+        adapter_ranks(adapters, sizes.get(config.training.mode, config.model.architecture.n_stacks))
+
+
+def adapter_ranks(config: AdapterConfig, n_stacks: int) -> tuple[int, ...]:
+    """The rank of the adapter of every stack, from the left.
+
+    >>> adapter_ranks(AdapterConfig(rank=8, ranks="increasing"), 4)
+    (2, 4, 6, 8)
+
+    Raises:
+      UserError: a list that is none, or not of one rank a stack.
+    """
+    if config.ranks == "constant":
+        return (config.rank,) * n_stacks
+    if config.ranks in RANK_PATTERNS:
+        rising = [max(1, (2 * config.rank * (i + 1) + n_stacks) // (2 * n_stacks)) for i in range(n_stacks)]
+        return tuple(rising if config.ranks == "increasing" else rising[::-1])
+    entries = [entry.strip() for entry in config.ranks.split(",")]
+    patterns = ", ".join(RANK_PATTERNS)
+    _require(
+        all(re.fullmatch(r"[1-9][0-9]{0,5}", entry) for entry in entries),
+        f'training.adapters.ranks={config.ranks!r} must be one of {patterns}, or a list like "4,8,8,16"',
+    )
+    _require(
+        len(entries) == n_stacks,
+        f"training.adapters.ranks={config.ranks!r} lists {len(entries)} rank(s) for {n_stacks} stacks; give each one",
+    )
+    return tuple(map(int, entries))
 
 
 def _check_data(config: RunConfig) -> None:

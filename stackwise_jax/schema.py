@@ -16,6 +16,15 @@ class ArchitectureConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StabilityConfig:
+    """What bounds the residual branches, the matrices and the logits; all off by default."""
+
+    residual_gain: float | None = None  # a learned factor per block on what it adds, beginning here; None: none
+    spectral_norm: float | None = None  # limit on the largest singular value of live matrices of stacks; None: none
+    z_loss: float = 0.0  # weight of log(sum(exp(logits)))**2 in the training loss (PaLM: 1e-4); never in evaluations
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
 
@@ -40,6 +49,7 @@ class ModelConfig:
     attention_implementation: str = "auto"  # auto | reference | xla | cudnn; a named one that cannot serve is an error
     init_std: float = 0.02  # of every matrix; maps onto the residual stream start smaller
     architecture: ArchitectureConfig = ArchitectureConfig()
+    stability: StabilityConfig = StabilityConfig()
 
     @property
     def n_blocks(self) -> int:
@@ -87,6 +97,17 @@ class ProgressiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank parts trained beside settled stacks (LoRA; Hu et al., 2021), where a path gives a stack that role."""
+
+    rank: int = 8  # of every stack, or the largest of a pattern
+    ranks: str = "constant"  # constant | increasing | decreasing (in equal steps up to or down from rank) | "4,8,8,16"
+    alpha: float = 16.0  # the low-rank part is multiplied by alpha / rank
+    targets: str = "all"  # linear maps: all, or some of query,key,value,output,up,gate,down
+    learning_rate_scale: float = 1.0  # of optimizer.learning_rate; adapters are trained by AdamW, without decay
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """The curriculum and the step. A budget reads "200 steps", "1_500 steps", "5M tokens" or "1.2B tokens"."""
 
@@ -103,6 +124,7 @@ class TrainingConfig:
     unroll_blocks: int = 16  # blocks of a live stack compiled one after another; a larger stack is a loop over them
     loss_chunk_tokens: int = 2048  # tokens whose logits exist at once
     progressive: ProgressiveConfig = ProgressiveConfig()
+    adapters: AdapterConfig = AdapterConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +148,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """Storage and arithmetic. Master weights, optimiser state, losses and norms are float32."""
+    """Storage and arithmetic. Losses, norms, vectors and everything that is not named here are float32."""
 
+    weights: str = "fp32"  # live matrices of stacks: fp32 | bf16 (updates rounded stochastically, no float32 copy)
+    optimizer: str = "fp32"  # moments of matrices: fp32 | bf16 | int8 (blocks of 256), both rounded stochastically
     compute: str = "fp32"  # matmul inputs: fp32 | bf16 | fp16 (with dynamic loss scaling)
     trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16 | fp16 | fp8 | nvfp4 | nf4
     cache: str = "fp32"  # storage of cached activations: fp32 | bf16 | fp8 (E4M3, a scale per token)

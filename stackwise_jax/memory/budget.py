@@ -6,12 +6,14 @@ Recomputation by remat is not counted.
 """
 
 import dataclasses
+import math
 import typing
 
 import jax
 
 from stackwise_jax.memory.precision import item_bytes, token_bytes, weight_bytes
 from stackwise_jax.models import weights
+from stackwise_jax.ops.rounding import BLOCK
 from stackwise_jax.schema import ModelConfig, RunConfig
 
 
@@ -74,7 +76,7 @@ def cache_bytes(config: RunConfig, n_rows: int, variants: int) -> int:
 class DeviceBytes:
     """Device memory of a phase, by what fills it."""
 
-    weights: int  # live, float32
+    weights: int  # live
     optimizer: int
     gradients: int
     frozen: int
@@ -92,9 +94,21 @@ class DeviceBytes:
 
 
 def optimizer_bytes(config: RunConfig, *, live: int, live_in_stacks: int) -> int:
-    """Float32 moments: two a parameter, one for what Muon trains (counted as everything live in stacks)."""
+    """Moments: two a parameter, one for what Muon trains (counted as everything live in stacks).
+
+    Those of vectors are float32 whatever `precision.optimizer` says, and too few to be counted apart.
+    """
     of_muon = live_in_stacks if config.optimizer.name == "muon" else 0
-    return 4 * (2 * live - of_muon)
+    moments = 2 * live - of_muon
+    if config.precision.optimizer == "int8":
+        return moments + 4 * math.ceil(moments / BLOCK)
+    return moments * item_bytes(config.precision.optimizer)
+
+
+def weight_and_gradient_bytes(config: RunConfig, *, live: int, live_in_stacks: int) -> tuple[int, int]:
+    """Bytes of live weights, and of their gradients, which have the dtype of the weight unless they are accumulated."""
+    weights_bytes = 4 * live + (item_bytes(config.precision.weights) - 4) * live_in_stacks
+    return weights_bytes, weights_bytes if config.training.accumulation_steps == 1 else 4 * live
 
 
 def activation_bytes(config: RunConfig, live_blocks: int) -> int:

@@ -62,6 +62,11 @@ def weight_bytes(shape: tuple[int, ...], precision: str) -> int:
     return math.prod(shape) * (item_bytes(precision) if is_cast else 4)
 
 
+def as_master(stack: Params, precision: str) -> Params:
+    """The weights of a live stack as they are trained: its matrices in `precision`, its vectors in float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(DTYPES[precision]) if leaf.ndim == 3 else leaf, stack)
+
+
 def item_bytes(precision: str) -> int:
     """Bytes of one number."""
     return jnp.dtype(DTYPES[precision]).itemsize

@@ -80,7 +80,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after the sum (post)."""
+    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after the sum (post).
+
+    With `model.stability.residual_gain` what both add is multiplied by one learned number of the block (ReZero;
+    Bachlechner et al., 2021).
+    """
 
     model: ModelConfig
     dtype: DTypeLike
@@ -98,12 +102,18 @@ class Block(nn.Module):
         key: Key | None = None,
         stored: KeyValues | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
-        rate = self.model.dropout
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         if self.model.norm_position == "pre":
             mixed, stored = self.attention(self.attention_norm(x), context, stored)
-            x = x + dropout(mixed, rate, attention_key)
-            return x + dropout(self.mlp(self.mlp_norm(x)), rate, mlp_key), stored
+            x = x + self._branch(mixed, attention_key)
+            return x + self._branch(self.mlp(self.mlp_norm(x)), mlp_key), stored
         mixed, stored = self.attention(x, context, stored)
-        x = self.attention_norm(x + dropout(mixed, rate, attention_key))
-        return self.mlp_norm(x + dropout(self.mlp(x), rate, mlp_key)), stored
+        x = self.attention_norm(x + self._branch(mixed, attention_key))
+        return self.mlp_norm(x + self._branch(self.mlp(x), mlp_key)), stored
+
+    def _branch(self, added: Float[Array, "B T D"], key: Key | None) -> Float[Array, "B T D"]:
+        """What a residual connection adds, after dropout and the block's gain."""
+        added = dropout(added, self.model.dropout, key)
+        if self.model.stability.residual_gain is None:
+            return added
+        return self.get_variable("params", "residual_gain").astype(added.dtype) * added

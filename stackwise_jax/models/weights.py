@@ -24,14 +24,16 @@ class Weight:
     Attributes:
       shape: without the leading block axis that stacks add.
       axes: one letter of the axis alphabet per dimension ("NH" is heads times head width).
-      init: "normal" (of `std`), "ones" or "zeros".
+      init: "normal" (of `std`), "ones", "zeros" or "constant" (`value` everywhere).
       std: standard deviation of a normal initialiser.
+      value: of a constant initialiser.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: str = "normal"
     std: float = 0.0
+    value: float = 0.0
 
     @property
     def is_matrix(self) -> bool:
@@ -71,7 +73,7 @@ def block_table(model: ModelConfig) -> Table:
     mlp = {"up": _linear(model, width, hidden, std), "down": _linear(model, hidden, width, residual_std)}
     if model.ffn in ("swiglu", "geglu"):
         mlp["gate"] = _linear(model, width, hidden, std)
-    return {
+    table: Table = {
         "attention_norm": _norm(model),
         "attention": {
             "query": _linear(model, width, heads, std),
@@ -82,6 +84,10 @@ def block_table(model: ModelConfig) -> Table:
         "mlp_norm": _norm(model),
         "mlp": mlp,
     }
+    gain = model.stability.residual_gain
+    if gain is not None:
+        table["residual_gain"] = Weight((), (), "constant", value=gain)
+    return table
 
 
 def embedding_table(model: ModelConfig) -> Table:
@@ -118,7 +124,9 @@ def init_weights(key: Key, table: Table) -> Params:
 
     def draw(path: tuple[Any, ...], weight: Weight) -> jax.Array:
         if weight.init != "normal":
-            return (jnp.ones if weight.init == "ones" else jnp.zeros)(weight.shape, jnp.float32)
+            return jnp.full(
+                weight.shape, {"ones": 1.0, "zeros": 0.0, "constant": weight.value}[weight.init], jnp.float32
+            )
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         return weight.std * jax.random.normal(own_key, weight.shape, jnp.float32)

@@ -36,8 +36,12 @@ def cross_entropy(
     weights: Float[Array, "M"],
     *,
     chunk_tokens: int,
+    z_loss: float = 0.0,
 ) -> Float[Array, ""]:
     """Returns the sum over places of weight * -log softmax(hidden @ table.T)[target], in nats, float32.
+
+    With `z_loss` each place's loss is larger by z_loss * log(sum(exp(logits)))**2, which keeps the logits from drifting
+    together (Chowdhery et al., 2022); for training alone.
 
     Differentiable in `hidden` and `table`. What is not differentiated is neither computed nor stored: no gradient of a
     frozen table, none at all in an evaluation. `weights` count as constants: their gradient is given as zero.
@@ -53,7 +57,7 @@ def cross_entropy(
       ValueError: `hidden` and `table` differ in dtype.
     """
     _check_dtypes(hidden, table)
-    return _cross_entropy(hidden, table, targets, weights, chunk_tokens)
+    return _cross_entropy(hidden, table, targets, weights, chunk_tokens, z_loss)
 
 
 def token_losses(
@@ -103,23 +107,27 @@ def _is_target(logits: Float[Array, "C V"], targets: Int[Array, "C"]) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets.astype(jnp.int32)[:, None]
 
 
-def _losses(logits: Float[Array, "C V"], log_sums: Float[Array, "C"], targets: Int[Array, "C"]) -> Float[Array, "C"]:
-    return log_sums - jnp.where(_is_target(logits, targets), logits, 0.0).sum(axis=1)
+def _losses(
+    logits: Float[Array, "C V"], log_sums: Float[Array, "C"], targets: Int[Array, "C"], z_loss: float = 0.0
+) -> Float[Array, "C"]:
+    losses = log_sums - jnp.where(_is_target(logits, targets), logits, 0.0).sum(axis=1)
+    return losses if z_loss == 0.0 else losses + z_loss * log_sums**2
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(
     hidden: Float[Array, "M D"],
     table: Float[Array, "V D"],
     targets: Int[Array, "M"],
     weights: Float[Array, "M"],
     chunk_tokens: int,
+    z_loss: float,
 ) -> Float[Array, ""]:
     """The loss alone: what runs when nothing is differentiated."""
 
     def add_chunk(total: Array, chunk: _Chunks) -> tuple[Array, None]:
         logits = _logits(chunk.hidden, table)
-        losses = _losses(logits, jax.nn.logsumexp(logits, axis=1), chunk.targets)
+        losses = _losses(logits, jax.nn.logsumexp(logits, axis=1), chunk.targets, z_loss)
         return total + (chunk.weights * losses).sum(), None
 
     chunks = _to_chunks(hidden, targets, weights, chunk_tokens)
@@ -132,6 +140,7 @@ def _forward(
     targets: CustomVJPPrimal,
     weights: CustomVJPPrimal,
     chunk_tokens: int,
+    z_loss: float,
 ) -> tuple[Array, _Gradients]:
     """The loss and, from the same logits, the gradients of what is differentiated (`perturbed`)."""
     dtype = hidden.value.dtype
@@ -140,9 +149,12 @@ def _forward(
         total, d_table = carry
         logits = _logits(chunk.hidden, table.value)
         log_sums = jax.nn.logsumexp(logits, axis=1)
-        total += (chunk.weights * _losses(logits, log_sums, chunk.targets)).sum()
-        # d loss / d logits = weight * (softmax - one-hot target)
-        d_logits = jnp.exp(logits - log_sums[:, None]) - _is_target(logits, chunk.targets).astype(jnp.float32)
+        total += (chunk.weights * _losses(logits, log_sums, chunk.targets, z_loss)).sum()
+        # d loss / d logits = weight * (softmax * (1 + 2 z_loss log_sum) - one-hot target)
+        d_logits = jnp.exp(logits - log_sums[:, None])
+        if z_loss != 0.0:
+            d_logits *= 1.0 + 2.0 * z_loss * log_sums[:, None]
+        d_logits -= _is_target(logits, chunk.targets).astype(jnp.float32)
         d_logits = (d_logits * chunk.weights[:, None]).astype(dtype)
         if d_table is not None:
             d_table += jnp.einsum("CV,CD->VD", d_logits, chunk.hidden, preferred_element_type=jnp.float32)
@@ -159,7 +171,7 @@ def _forward(
 
 
 def _backward(
-    chunk_tokens: int, gradients: _Gradients, cotangent: Float[Array, ""]
+    chunk_tokens: int, z_loss: float, gradients: _Gradients, cotangent: Float[Array, ""]
 ) -> tuple[Array | None, Array | None, None, None]:
     def scale(gradient: Array | None) -> Array | None:
         return None if gradient is None else (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)

@@ -9,12 +9,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stackwise_jax.ops.fp8 import fp8_matmul
+from stackwise_jax.ops.lowrank import LowRank, settled
 from stackwise_jax.ops.quant import decode
 from stackwise_jax.types import Quantised
 
 
 def matmul(
-    x: Float[Array, "*B D"], weight: Float[Array, "D F"] | Quantised, *, dtype: DTypeLike, in_fp8: bool = False
+    x: Float[Array, "*B D"],
+    weight: Float[Array, "D F"] | Quantised | LowRank,
+    *,
+    dtype: DTypeLike,
+    in_fp8: bool = False,
 ) -> Float[Array, "*B F"]:
     """Multiplies in `dtype` (both operands are cast to it); the accelerator accumulates in float32.
 
@@ -22,7 +27,11 @@ def matmul(
     `in_fp8` the operands of an array, once in `dtype`, go on to fp8 (`ops/fp8.py`).
 
     Leading axes are folded into one: with two contracted axes XLA's gradient of the weight is twice as slow on a CPU.
+    A `LowRank` weight multiplies as its base and, beside it, through its rank, which is too narrow to gain from fp8.
     """
+    if isinstance(weight, LowRank):
+        beside = matmul(matmul(x, weight.a, dtype=dtype), weight.b, dtype=dtype)
+        return matmul(x, settled(weight.base), dtype=dtype, in_fp8=in_fp8) + weight.scale * beside
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
         product = _through_quantised(rows, weight)

@@ -35,6 +35,7 @@ class ChainedGradients:
         self._forward = jax.jit(self._apply_stack, static_argnums=0)
         self._vjp = jax.jit(self._pull_stack, static_argnums=0)
         self._head = jax.jit(self._pull_head)
+        self._widen = jax.jit(optimizer.widened)  # sums over pieces are float32, whatever the weights are
         self._add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
 
     def __call__(
@@ -57,6 +58,8 @@ class ChainedGradients:
                 batch_piece, activation_piece = place.to_rows((batch_piece, activation_piece))
             own_key = key if key is None or pieces == 1 else jax.random.fold_in(key, index)
             piece = self._one_piece(live, frozen, batch_piece, activation_piece, own_key, scale)
+            if pieces > 1:
+                piece = self._widen(piece)
             total = piece if total is None else self._add(total, piece)
         return total
 
@@ -135,7 +138,7 @@ class ChainedGradients:
         parts = {**frozen, **live}
         hidden = apply_head_norm(parts["head"], x.astype(self.program.dtype), self.model)
         table = output_table(parts["head"], parts.get("embedding", {}))
-        loss = head_loss(self.program, hidden, table, example)
+        loss = head_loss(self.program, hidden, table, example, self.model.stability.z_loss)
         return loss if scale is None else loss * scale, loss
 
 
@@ -143,8 +146,8 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
     """Builds the chained step of a signature; same arguments and results as `make_train_step`."""
     gradients = ChainedGradients(program, signature)
     config = program.config.optimizer
-    transforms = optimizer.make_transforms(config, scales_head=signature.embedding is Role.FROZEN)
-    square = jax.jit(lambda tree: optax.tree.norm(tree, squared=True))
+    transforms = optimizer.make_transforms(program.config, scales_head=signature.embedding is Role.FROZEN)
+    square = jax.jit(lambda tree: optax.tree.norm(optimizer.widened(tree), squared=True))
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def update(
@@ -156,7 +159,7 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
         fraction: Float[AnyArray, ""],
         is_finite: Bool[Array, ""] | None,
     ) -> tuple[Params, Any]:
-        grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
+        grads = optimizer.scaled(grads, factor)
         updated = optimizer.update_part(transforms[kind], grads, state, params, fraction)
         if is_finite is not None:
             updated = keep_where(is_finite, updated, (params, state))
@@ -180,7 +183,7 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
         params: Params = {}
         states: Params = {}
         for name, part in state.params.items():
-            if name == "stacks":
+            if isinstance(part, list):
                 triples = zip(part, state.optimizer[name], grads[name], strict=True)
                 pairs = [update(name, *triple, factor, fraction, is_finite) for triple in triples]
                 params[name], states[name] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -197,4 +200,4 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
 
 def _parts(grads: Params) -> list[Params]:
     """Each part on its own, so that equal stacks share one program."""
-    return [part for name, value in grads.items() for part in (value if name == "stacks" else [value])]
+    return [part for value in grads.values() for part in (value if isinstance(value, list) else [value])]

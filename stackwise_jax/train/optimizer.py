@@ -5,8 +5,10 @@ argument, so that phases of different length share one executable. A part's stat
 dropped or kept alone.
 """
 
+import dataclasses
 import math
 import typing
+import zlib
 from typing import Any
 
 import jax
@@ -14,25 +16,50 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from stackwise_jax.schema import OptimizerConfig
+from stackwise_jax.schema import OptimizerConfig, RunConfig
+from stackwise_jax.train.optimizer_state import in_stream, kept, rounded_like, widened
+from stackwise_jax.train.spectral import cap_spectral_norm
 from stackwise_jax.types import AnyArray, Params
 
 Transforms = dict[str, optax.GradientTransformation]
-"""One transformation for each kind of part: "embedding", "stacks" (each stack on its own), "head"."""
+"""One transformation for each kind of part: "embedding", "head", and the lists "stacks" and "adapters", of which each
+entry is moved on its own."""
+
+# Stream of the run's key that stochastic rounding draws from (train/step.py and models/rack.py use lower ones).
+ROUNDING_STREAM = 16
 
 
-def make_transforms(config: OptimizerConfig, *, scales_head: bool) -> Transforms:
+def make_transforms(config: RunConfig, *, scales_head: bool) -> Transforms:
     """Builds the transformations.
 
     Args:
       scales_head: apply `head_learning_rate_scale`, which holds once the embedding is settled.
     """
-    head_rate = config.learning_rate * (config.head_learning_rate_scale if scales_head else 1.0)
-    return {
-        "embedding": _adamw(config, config.learning_rate, leading=0),
-        "stacks": _muon(config) if config.name == "muon" else _adamw(config, config.learning_rate, leading=1),
-        "head": _adamw(config, head_rate, leading=0),
+    own, stability = config.optimizer, config.model.stability
+    head_rate = own.learning_rate * (own.head_learning_rate_scale if scales_head else 1.0)
+    adapter_rate = own.learning_rate * config.training.adapters.learning_rate_scale
+    stacks = _muon(own) if own.name == "muon" else _adamw(own, own.learning_rate, leading=1)
+    if stability.spectral_norm is not None:
+        stacks = optax.chain(stacks, optax.masked(cap_spectral_norm(stability.spectral_norm), _is_matrix(leading=1)))
+    transforms = {
+        "embedding": (_adamw(own, own.learning_rate, leading=0), 0),
+        "stacks": (stacks, 1),
+        "adapters": (_adamw(dataclasses.replace(own, weight_decay=0.0), adapter_rate, leading=1), 1),
+        "head": (_adamw(own, head_rate, leading=0), 0),
     }
+    return {name: _as_stored(config, name, *transform) for name, transform in transforms.items()}
+
+
+def _as_stored(
+    config: RunConfig, name: str, transform: optax.GradientTransformation, leading: int
+) -> optax.GradientTransformation:
+    """A part's transformation with its state as `precision` asks; as it is where nothing is rounded."""
+    precision = config.precision
+    if precision.optimizer == "fp32" and (precision.weights == "fp32" or name != "stacks"):
+        return transform
+    stream = jax.random.fold_in(jax.random.key(config.seed), ROUNDING_STREAM)
+    key = jax.random.fold_in(stream, zlib.crc32(name.encode()))
+    return kept(transform, precision.optimizer, key=key, leading=leading)
 
 
 def _is_matrix(leading: int) -> Any:
@@ -67,9 +94,9 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def init_part(transforms: Transforms, name: str, params: Any) -> Any:
-    """Fresh optimiser state of one part; of a list of stacks, a list of states."""
-    if name == "stacks":
-        return [transforms[name].init(stack) for stack in params]
+    """Fresh optimiser state of one part; of a list (of stacks), a list of states."""
+    if isinstance(params, list):
+        return [in_stream(transforms[name].init(entry), index) for index, entry in enumerate(params)]
     return transforms[name].init(params)
 
 
@@ -80,10 +107,11 @@ def update_part(
     params: Params,
     fraction: Float[AnyArray, ""],
 ) -> tuple[Params, Any]:
-    """One update of one part. Returns (parameters, state), both new."""
-    updates, state = transform.update(gradients, state, params)
+    """One update of one part, in float32. Returns (parameters in the dtypes they had, state), both new."""
+    wide = widened(params)
+    updates, state = transform.update(widened(gradients), state, wide)
     updates = jax.tree.map(lambda leaf: leaf * fraction.astype(leaf.dtype), updates)
-    return typing.cast(Params, optax.apply_updates(params, updates)), state
+    return rounded_like(typing.cast(Params, optax.apply_updates(wide, updates)), params, state), state
 
 
 def update_parts(
@@ -93,10 +121,10 @@ def update_parts(
     new_params: Params = {}
     new_states: Params = {}
     for name, part in params.items():
-        if name == "stacks":
+        if isinstance(part, list):
             pairs = [
-                update_part(transforms[name], *stack, fraction)
-                for stack in zip(gradients[name], states[name], part, strict=True)
+                update_part(transforms[name], *entry, fraction)
+                for entry in zip(gradients[name], states[name], part, strict=True)
             ]
             new_params[name], new_states[name] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         else:
@@ -104,6 +132,16 @@ def update_parts(
                 transforms[name], gradients[name], states[name], part, fraction
             )
     return new_params, new_states
+
+
+def gradient_norm(gradients: Params) -> Float[Array, ""]:
+    """Global norm, summed in float32 whatever the gradients are stored as."""
+    return optax.tree.norm(widened(gradients))
+
+
+def scaled(gradients: Params, factor: Float[Array, ""]) -> Params:
+    """Gradients times a float32 factor, in their own dtypes."""
+    return jax.tree.map(lambda leaf: (leaf.astype(jnp.float32) * factor).astype(leaf.dtype), gradients)
 
 
 def clip_scale(norm: Float[Array, ""], clip_norm: float) -> Float[Array, ""]:

@@ -179,10 +179,11 @@ def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
         frozen += 4 * count(weights.head_table(model, tied=not sig.head_has_table))
     if phase.embedding is Role.FROZEN and not (phase.cached and sig.head_has_table):
         frozen += 4 * count(weights.embedding_table(model))
+    live_bytes, gradient_bytes = budget.weight_and_gradient_bytes(config, live=live, live_in_stacks=in_stacks)
     return budget.DeviceBytes(
-        weights=4 * live,
+        weights=live_bytes,
         optimizer=budget.optimizer_bytes(config, live=live, live_in_stacks=in_stacks),
-        gradients=4 * live,
+        gradients=gradient_bytes,
         frozen=frozen,
         gathered=_gathered_bytes(config) if config.mesh.fsdp > 1 else _decoded_bytes(config) if stacks else 0,
         activations=budget.activation_bytes(config, sum(sizes[stack] for stack in phase.live_stacks)),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from stackwise_jax.memory.fingerprint import named_leaves
 from stackwise_jax.memory.placement import make_placement
-from stackwise_jax.memory.precision import to_storage
+from stackwise_jax.memory.precision import as_master, to_storage
 from stackwise_jax.models.rack import init_embedding, init_head, init_rack_stack
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import Phase, Role, Signature, stack_sizes
@@ -27,7 +27,7 @@ class TrainState:
     """Exactly what a train step takes and returns, donated.
 
     Attributes:
-      params: float32 master weights of the live parts.
+      params: master weights of the live parts, float32 but for matrices of stacks where `precision.weights` says so.
       optimizer: optimiser state with the same parts.
       scaling: of the loss, where something is computed in fp16 (`train/scaling.py`); else empty.
     """
@@ -85,6 +85,7 @@ def _draw_stacks(config: RunConfig, key: Key, phase: Phase) -> TrainState:
     sizes = stack_sizes(config)
     draw = jax.jit(init_rack_stack, static_argnums=(1, 3))
     stacks = [draw(key, config.model, sum(sizes[:i]), sizes[i]) for i in phase.live_stacks]
+    stacks = [as_master(stack, config.precision.weights) for stack in stacks]
     return _with_optimizer(config, phase, {"stacks": stacks})
 
 
@@ -124,13 +125,13 @@ def untie_head(config: RunConfig, state: TrainState) -> TrainState:
 
 def _untie_head(config: RunConfig, state: TrainState) -> TrainState:
     head = {**state.params["head"], "table": jnp.copy(state.params["embedding"]["tokens"])}
-    transforms = make_transforms(config.optimizer, scales_head=True)
+    transforms = make_transforms(config, scales_head=True)
     moments = _carry_over(state.optimizer["head"], init_part(transforms, "head", head))
     return TrainState({**state.params, "head": head}, {**state.optimizer, "head": moments}, state.scaling)
 
 
 def _with_optimizer(config: RunConfig, phase: Phase, params: Params) -> TrainState:
-    transforms = make_transforms(config.optimizer, scales_head=phase.embedding is Role.FROZEN)
+    transforms = make_transforms(config, scales_head=phase.embedding is Role.FROZEN)
     return TrainState(params, {name: init_part(transforms, name, part) for name, part in params.items()})
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.data.tokenizer import Tokenizer
@@ -160,20 +159,21 @@ def path_loss(
     batch: Batch,
     activations: Float[Array, "B T D"] | None,
     key: Key | None,
+    z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns (summed loss in nats, summed weight) of a batch, in float32."""
+    """Returns (summed loss in nats, summed weight) of a batch, in float32; `z_loss` as in `cross_entropy`."""
     parts = join_parts(live, frozen)
     example = program.corrupt(program.mask_key, batch)
     hidden = run_path(program, signature, parts, example, activations, key)
     table = output_table(parts["head"], parts.get("embedding", {}))
     return (
-        head_loss(program, hidden, table, example),
+        head_loss(program, hidden, table, example, z_loss),
         jnp.sum(example.weights),
     )
 
 
 def head_loss(
-    program: Program, hidden: Float[Array, "B T D"], table: Float[Array, "V D"], example: Example
+    program: Program, hidden: Float[Array, "B T D"], table: Float[Array, "V D"], example: Example, z_loss: float = 0.0
 ) -> Float[Array, ""]:
     """Summed cross-entropy, in chunks of tokens; on several devices each computes that of its own rows."""
 
@@ -184,6 +184,7 @@ def head_loss(
             targets.reshape(-1),
             weights.reshape(-1),
             chunk_tokens=program.config.training.loss_chunk_tokens,
+            z_loss=z_loss,
         )
 
     rows = (hidden, example.targets, example.weights)
@@ -193,13 +194,14 @@ def head_loss(
 def make_gradients(program: Program, signature: Signature) -> Callable[..., tuple[Params, Array, Array]]:
     """Returns (live, frozen, batch, activations, key[, scale]) -> (summed gradients, summed loss, summed weight).
 
-    With a scale the gradients are those of the loss times it; the loss is not.
+    With a scale the gradients are those of the loss times it; the loss is not. `model.stability.z_loss` counts in both.
     """
+    z_loss = program.config.model.stability.z_loss
 
     def loss(
         live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None, scale: Array | None
     ) -> tuple[Array, tuple[Array, Array]]:
-        total, weight = path_loss(program, signature, live, frozen, batch, activations, key)
+        total, weight = path_loss(program, signature, live, frozen, batch, activations, key, z_loss)
         return total if scale is None else total * scale, (total, weight)
 
     grad = jax.value_and_grad(loss, has_aux=True)
@@ -227,7 +229,7 @@ def make_gradients(program: Program, signature: Signature) -> Callable[..., tupl
             lambda leaf: leaf.reshape(pieces, leaf.shape[0] // pieces, *leaf.shape[1:]), (batch, activations)
         )
         split = place.as_rows(split, axis=1)
-        zero = (place.as_weights(jax.tree.map(jnp.zeros_like, live)), jnp.zeros(()), jnp.zeros(()))
+        zero = (place.as_weights(optimizer.widened(jax.tree.map(jnp.zeros_like, live))), jnp.zeros(()), jnp.zeros(()))
         return jax.lax.scan(body, zero, (jnp.arange(pieces), *split))[0]
 
     return gradients
@@ -243,7 +245,7 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
     """
     gradients = make_gradients(program, signature)
     config = program.config.optimizer
-    transforms = optimizer.make_transforms(config, scales_head=signature.embedding is Role.FROZEN)
+    transforms = optimizer.make_transforms(program.config, scales_head=signature.embedding is Role.FROZEN)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
@@ -258,9 +260,9 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
         grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step), scale)
         weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing has no gradient, not an undefined one
         divisor = weight if scale is None else weight * scale
-        norm = optax.tree.norm(grads) / divisor
+        norm = optimizer.gradient_norm(grads) / divisor
         factor = optimizer.clip_scale(norm, config.clip_norm) / divisor
-        grads = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
+        grads = optimizer.scaled(grads, factor)
         params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fraction)
         metrics = {"loss": total / weight, "gradient_norm": norm, "weight": weight}
         if scale is not None:

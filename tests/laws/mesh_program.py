@@ -97,7 +97,7 @@ def gradient_differences(config: RunConfig) -> dict[str, float]:
 def muon_difference(config: RunConfig) -> float:
     """Of one update of a stack by Muon, which multiplies whole matrices."""
     config = with_mesh(config, NO_MESH, optimizer={"name": "muon"})
-    transform = make_transforms(config.optimizer, scales_head=False)["stacks"]
+    transform = make_transforms(config, scales_head=False)["stacks"]
     stack = init_rack(jax.random.key(3), config.model, (2,))["stacks"][0]
     grads = init_rack(jax.random.key(4), config.model, (2,))["stacks"][0]
     place = make_placement(MeshConfig(2, 4))

@@ -28,6 +28,13 @@ PATHS = {
         True,
     ),
     "frozen tail": ({}, ((1, LIVE), (2, FROZEN)), FROZEN, LIVE, True),
+    "residual gain, z-loss": (
+        {"model__stability__residual_gain": 0.5, "model__stability__z_loss": 0.01},
+        ((2, LIVE),),
+        LIVE,
+        LIVE,
+        True,
+    ),
     "frozen head and tail, remat": ({"training__remat": "full"}, ((2, LIVE), (1, FROZEN)), FROZEN, FROZEN, True),
 }
 
@@ -80,7 +87,7 @@ def test_chained_gradients_detect_a_missing_boundary(tiny: Any, monkeypatch: pyt
 
 def test_chained_step_is_fused_step(tiny: Any) -> None:
     program, signature, live, frozen, batch, x = setting(tiny, "all live, tied")
-    transforms = make_transforms(program.config.optimizer, scales_head=False)
+    transforms = make_transforms(program.config, scales_head=False)
     results = []
     for make in (make_train_step, make_chained_step):
         params = jax.tree.map(jnp.copy, live)

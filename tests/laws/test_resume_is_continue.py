@@ -92,6 +92,16 @@ MODES = {
         "training__head": "copy",
         "model__dropout": 0.1,
     },
+    "weights and moments rounded stochastically, bounded": {
+        "precision__weights": "bf16",
+        "precision__optimizer": "int8",
+        "model__architecture__n_stacks": 1,
+        "training__mode": "end_to_end",
+        "training__phase_budget": "14 steps",
+        "model__stability__residual_gain": 0.5,
+        "model__stability__spectral_norm": 0.3,
+        "model__stability__z_loss": 1e-3,
+    },
 }
 
 

@@ -87,6 +87,16 @@ def test_muon_keeps_one_moment_of_what_is_in_stacks():
     assert budget.optimizer_bytes(muon, live=1000, live_in_stacks=600) == 8000 - 4 * 600
 
 
+@pytest.mark.parametrize(("optimizer", "moment"), [("fp32", 4.0), ("bf16", 2.0), ("int8", 1 + 4 / 256)])
+def test_moments_weights_and_gradients_follow_their_precision(optimizer: str, moment: float):
+    narrow = {"precision": {"optimizer": optimizer, "weights": "bf16"}}
+    once, summed = config_of(TINY, **narrow), config_of(TINY, **narrow, training={"accumulation_steps": 2})
+    assert budget.optimizer_bytes(once, live=1024, live_in_stacks=512) == moment * 2048
+    in_16_bits = 2 * 512 + 4 * 512
+    assert budget.weight_and_gradient_bytes(once, live=1024, live_in_stacks=512) == (in_16_bits, in_16_bits)
+    assert budget.weight_and_gradient_bytes(summed, live=1024, live_in_stacks=512) == (in_16_bits, 4096)
+
+
 @pytest.mark.parametrize(
     ("remat", "per_token"),
     [

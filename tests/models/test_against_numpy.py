@@ -12,7 +12,7 @@ import pytest
 from stackwise_jax.config import resolve
 from stackwise_jax.models.rack import apply_rack, decode_rack, init_key_values, init_rack, output_table, row_context
 from stackwise_jax.models.stack import apply_stack
-from stackwise_jax.schema import ModelConfig
+from stackwise_jax.schema import ModelConfig, StabilityConfig
 
 B, T, V, D = 2, 16, 64, 32
 SHAPE = {"vocab_size": V, "d_model": D, "n_heads": 4, "d_ff": 48, "init_std": 0.3}
@@ -125,12 +125,13 @@ def hidden_by_numpy(rack: Any, rows: Any, model: ModelConfig, gelu: Any = gelu_t
             x = norm(rack["embedding"]["norm"], x, model)
         for index in range(2):
             p = jax.tree.map(lambda leaf, i=index: leaf[i], rack["stacks"][0])
+            g = 1.0 if model.stability.residual_gain is None else p["residual_gain"]
             if model.norm_position == "pre":
-                x = x + attend(p["attention"], norm(p["attention_norm"], x, model), segments, positions, model)
-                x = x + feed_forward(p["mlp"], norm(p["mlp_norm"], x, model), model, gelu)
+                x = x + g * attend(p["attention"], norm(p["attention_norm"], x, model), segments, positions, model)
+                x = x + g * feed_forward(p["mlp"], norm(p["mlp_norm"], x, model), model, gelu)
             else:
-                x = norm(p["attention_norm"], x + attend(p["attention"], x, segments, positions, model), model)
-                x = norm(p["mlp_norm"], x + feed_forward(p["mlp"], x, model, gelu), model)
+                x = norm(p["attention_norm"], x + g * attend(p["attention"], x, segments, positions, model), model)
+                x = norm(p["mlp_norm"], x + g * feed_forward(p["mlp"], x, model, gelu), model)
         outputs.append(x if model.norm_position == "post" else norm(rack["head"]["norm"], x, model))
     return np.array(outputs)
 
@@ -150,6 +151,8 @@ CASES = {
     "gpt2": model_of("gpt2"),
     "bert": model_of("bert"),
     "wide heads, geglu, no positions": model_of("llama", d_head=12, ffn="geglu", positions="none", norm="layernorm"),
+    "llama, residual gain": model_of("llama", stability={"residual_gain": 0.5}),
+    "bert, residual gain": model_of("bert", stability={"residual_gain": 0.5}),
 }
 # Float32 against float64 over two blocks of weights with standard deviation 0.3.
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-5}
@@ -170,6 +173,7 @@ def test_rack_is_the_numpy_rack(name: str):
         ("gpt2", {"attention": "bidirectional"}),
         ("bert", {"embedding_norm": False}),
         ("bert", {"attention": "causal"}),
+        ("llama, residual gain", {"stability": StabilityConfig()}),
     ],
 )
 def test_rack_is_the_numpy_rack_detects(name: str, fields: dict[str, Any]):

@@ -85,6 +85,7 @@ VARIANTS: list[dict[str, Any]] = [
     SMALL,
     {**SMALL, "norm": "layernorm", "ffn": "gelu", "positions": "learned", "use_bias": True, "ties_embedding": True},
     {**SMALL, "norm_position": "post", "embedding_norm": True, "ties_embedding": True, "ffn": "geglu"},
+    {**SMALL, "stability": {"residual_gain": 0.25}},
 ]
 
 
@@ -105,10 +106,12 @@ def test_initial_values_follow_the_table():
         "scale": weights.Weight((64,), ("D",), "ones"),
         "bias": weights.Weight((64,), ("D",), "zeros"),
         "kernel": weights.Weight((64, 64), ("D", "F"), std=0.5),
+        "gain": weights.Weight((), (), "constant", value=0.25),
     }
     drawn = weights.init_weights(jax.random.key(0), table)
     np.testing.assert_array_equal(drawn["scale"], 1.0)
     np.testing.assert_array_equal(drawn["bias"], 0.0)
+    np.testing.assert_array_equal(drawn["gain"], np.float32(0.25))
     assert float(jnp.std(drawn["kernel"])) == pytest.approx(0.5, rel=0.05)
     assert abs(float(jnp.mean(drawn["kernel"]))) < 0.05
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(drawn))

@@ -94,6 +94,45 @@ def test_weights_are_constants(key: jax.Array):
     np.testing.assert_array_equal(jax.grad(chunked(7), argnums=3)(*inputs(key)), jnp.zeros(M))
 
 
+def plain_with_z(*arrays: jax.Array) -> jax.Array:
+    hidden, table, _, weights = arrays
+    return plain(*arrays) + 0.02 * (weights * jax.nn.logsumexp(hidden @ table.T, axis=1) ** 2).sum()
+
+
+def with_z(z_loss: float) -> Callable[..., jax.Array]:
+    return lambda *arrays: cross_entropy(*arrays, chunk_tokens=7, z_loss=z_loss)
+
+
+def test_z_loss_is_the_formula_in_float64(key: jax.Array, tolerance: dict):
+    hidden, table, targets, weights = inputs(key)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+    z = 0.02 * np.log(np.exp(logits).sum(axis=1)) ** 2
+    expected = (losses_in_numpy(hidden, table, targets) + z) @ np.asarray(weights, np.float64)
+    got = with_z(0.02)(hidden, table, targets, weights)
+    np.testing.assert_allclose(got, expected, **tolerance["float32"])
+    assert not np.allclose(with_z(0.0)(hidden, table, targets, weights), expected, rtol=1e-3)  # the twin
+
+
+def test_gradients_of_z_loss_are_those_of_the_plain_formula(key: jax.Array, tolerance: dict):
+    arrays = inputs(key)
+    got, expected, without = (
+        jax.jit(jax.grad(lambda *a, loss=loss: 0.3 * loss(*a), argnums=(0, 1)))(*arrays)
+        for loss in (with_z(0.02), plain_with_z, plain)
+    )
+    for one, other, lacking in zip(got, expected, without, strict=True):
+        np.testing.assert_allclose(one, other, **tolerance["float32"])
+        assert not np.allclose(lacking, other, rtol=1e-3, atol=1e-3)  # the twin
+
+
+def test_z_loss_pulls_the_logits_back(key: jax.Array):
+    """Cross-entropy does not see what is added to all logits alike; its gradient sums to nothing over them."""
+    hidden, table, targets, weights = inputs(key)
+    hidden, table = (jnp.concatenate([leaf, jnp.ones((len(leaf), 1))], axis=1) for leaf in (hidden, table))
+    along = {z: float(jax.grad(with_z(z))(hidden, table, targets, weights)[:, -1].sum()) for z in (0.0, 0.02)}
+    assert abs(along[0.0]) < 1e-4
+    assert along[0.02] > 1.0
+
+
 @settings(max_examples=5, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 11), st.integers(0, 99))
 def test_chunk_size_changes_nothing(places: int, chunk_tokens: int, seed: int):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_jax.schema import OptimizerConfig
+from stackwise_jax.schema import OptimizerConfig, RunConfig
 from stackwise_jax.train.optimizer import (
     clip_scale,
     init_part,
@@ -58,7 +58,7 @@ def adamw_by_numpy(p: np.ndarray, grads: list[np.ndarray], config: OptimizerConf
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
 def test_adamw_is_the_formula_and_decays_matrices_only(fraction: float):
     params, gradients = random_tree(0), [random_tree(seed) for seed in (1, 2, 3)]
-    transform = make_transforms(CONFIG, scales_head=False)["stacks"]
+    transform = make_transforms(RunConfig(optimizer=CONFIG), scales_head=False)["stacks"]
     ours = run(transform, params, gradients, jnp.float32(fraction))
     for name, decay in (("up", 0.2), ("down", 0.2), ("scale", 0.0)):
         grads = [np.asarray(g[name]) for g in gradients]
@@ -73,7 +73,7 @@ def test_adamw_is_the_formula_and_decays_matrices_only(fraction: float):
 def test_tables_decay_and_their_norms_do_not(part: str):
     params = {"tokens": jnp.ones((4, 3)), "norm": {"scale": jnp.ones(3)}}
     zero = jax.tree.map(jnp.zeros_like, params)
-    moved = run(make_transforms(CONFIG, scales_head=False)[part], params, [zero])
+    moved = run(make_transforms(RunConfig(optimizer=CONFIG), scales_head=False)[part], params, [zero])
     np.testing.assert_allclose(moved["tokens"], 1 - 0.1 * 0.2, rtol=1e-6)
     np.testing.assert_array_equal(moved["norm"]["scale"], 1.0)
 
@@ -82,7 +82,9 @@ def test_the_head_s_rate_is_scaled_once_the_embedding_is_settled():
     config = dataclasses.replace(CONFIG, head_learning_rate_scale=0.5, weight_decay=0.0)
     params, grads = {"table": jnp.zeros((2, 2))}, [{"table": jnp.ones((2, 2))}]
     moves = {
-        (part, scaled): float(run(make_transforms(config, scales_head=scaled)[part], params, grads)["table"][0, 0])
+        (part, scaled): float(
+            run(make_transforms(RunConfig(optimizer=config), scales_head=scaled)[part], params, grads)["table"][0, 0]
+        )
         for part in ("head", "embedding")
         for scaled in (False, True)
     }
@@ -92,7 +94,9 @@ def test_the_head_s_rate_is_scaled_once_the_embedding_is_settled():
 
 def muon_update(params: Any, gradients: list[Any]) -> Any:
     return jax.tree.map(
-        jnp.subtract, run(make_transforms(MUON, scales_head=False)["stacks"], params, gradients), params
+        jnp.subtract,
+        run(make_transforms(RunConfig(optimizer=MUON), scales_head=False)["stacks"], params, gradients),
+        params,
     )
 
 
@@ -138,14 +142,14 @@ def test_muon_detects_blocks_taken_for_one_matrix():
 def test_muon_leaves_vectors_to_adamw():
     """Not to NAdam, whose first update is larger by half."""
     params, gradients = random_tree(0), [random_tree(1), random_tree(2)]
-    ours = run(make_transforms(MUON, scales_head=False)["stacks"], params, gradients)["scale"]
+    ours = run(make_transforms(RunConfig(optimizer=MUON), scales_head=False)["stacks"], params, gradients)["scale"]
     grads = [np.asarray(g["scale"]) for g in gradients]
     expected = adamw_by_numpy(np.asarray(params["scale"]), grads, MUON, 0.1, 0.0)
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_parts_are_updated_each_by_its_own_state():
-    transforms = make_transforms(CONFIG, scales_head=False)
+    transforms = make_transforms(RunConfig(optimizer=CONFIG), scales_head=False)
     params = {"stacks": [random_tree(0), random_tree(1)], "head": {"table": jnp.ones((4, 3))}, "embedding": {}}
     grads = {"stacks": [random_tree(2), random_tree(3)], "head": {"table": jnp.ones((4, 3))}, "embedding": {}}
     states = {name: init_part(transforms, name, part) for name, part in params.items()}
@@ -160,7 +164,12 @@ def test_parts_are_updated_each_by_its_own_state():
 
 def test_a_fraction_of_zero_moves_nothing():
     params = random_tree(0)
-    moved = run(make_transforms(CONFIG, scales_head=False)["stacks"], params, [random_tree(1)], jnp.float32(0.0))
+    moved = run(
+        make_transforms(RunConfig(optimizer=CONFIG), scales_head=False)["stacks"],
+        params,
+        [random_tree(1)],
+        jnp.float32(0.0),
+    )
     assert all(map(np.array_equal, jax.tree.leaves(moved), jax.tree.leaves(params)))
 
 

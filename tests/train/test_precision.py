@@ -13,7 +13,7 @@ import pytest
 
 from stackwise_jax import evaluate as program
 from stackwise_jax.errors import UserError
-from stackwise_jax.generate.autoregressive import continue_texts
+from stackwise_jax.generate.texts import continue_texts
 from stackwise_jax.memory.budget import stored_block_bytes
 from stackwise_jax.memory.fingerprint import tree_digest
 from stackwise_jax.memory.precision import from_storage
@@ -103,7 +103,7 @@ def test_a_quantised_trunk_is_stored_so_resumed_bitwise_and_measured(
     assert figures["loss"] == pytest.approx(lines(tmp_path / "whole")[-1]["loss"], rel=2e-2)
     assert figures["loss"] != pytest.approx(lines(tmp_path / "whole")[-1]["loss"], rel=1e-7)
     if name == "nvfp4":
-        assert len(continue_texts(trained.rack, trained.config, trained.tokenizer, ["the "], seed=0)) == 1
+        assert len(continue_texts(trained.rack, trained.config, trained.tokenizer, ["the "], seed=0).rows) == 1
 
 
 # fp16.
@@ -150,7 +150,7 @@ def programs(tiny: Any) -> dict[str, Any]:
         own = Program(config, make_corrupt(config.objective, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8))
         step = make(own, Signature(False, ((1, Role.LIVE),), Role.LIVE, Role.LIVE, True, "fused"))
         rack = init_rack(jax.random.key(3), config.model, (1,))
-        transforms = make_transforms(config.optimizer, scales_head=False)
+        transforms = make_transforms(config, scales_head=False)
         moments = {name: init_part(transforms, name, part) for name, part in rack.items()}
 
         def run(scale: float | None) -> tuple[TrainState, TrainState, dict[str, Any]]:
