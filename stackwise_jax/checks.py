@@ -17,6 +17,7 @@ QUANTISED = ("fp8", "nvfp4", "nf4")
 TRUNK_PRECISIONS = (*COMPUTE_PRECISIONS, *QUANTISED)
 SAMPLERS = ("autoregressive", "denoise", "blocks")
 REVEAL_ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
+DIRECTIONS = ("left_to_right", "right_to_left")
 GROWING_MODES = ("layerwise", "blockwise", "stackwise")
 LINEAR_MAPS = ("query", "key", "value", "output", "up", "gate", "down")
 RANK_PATTERNS = ("constant", "increasing", "decreasing")
@@ -92,6 +93,7 @@ def _check_choices(config: RunConfig) -> None:
         "training.head": (training.head, ("live", "frozen", "copy")),
         "training.remat": (training.remat, ("none", "dots", "full")),
         "training.execution": (training.execution, ("auto", "fused", "chained")),
+        "training.progressive.direction": (training.progressive.direction, DIRECTIONS),
         "training.progressive.trunk_strategy": (training.progressive.trunk_strategy, ("frozen",)),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.schedule": (config.optimizer.schedule, ("wsd", "cosine")),
@@ -198,6 +200,11 @@ def _check_training(config: RunConfig) -> None:
     _require(
         training.mode != "blockwise" or model.n_blocks % training.block_group == 0,
         f"training.block_group={training.block_group} must divide the {model.n_blocks} blocks of the rack",
+    )
+    _require(
+        training.mode != "end_to_end" or training.progressive.direction == "left_to_right",
+        f"training.progressive.direction={training.progressive.direction!r} needs a mode that grows a stack per phase; "
+        f"training.mode='end_to_end' trains all at once: choose one of {', '.join(GROWING_MODES)}",
     )
     _require(
         training.batch_size % training.accumulation_steps == 0,
@@ -337,7 +344,8 @@ def _check_mesh(config: RunConfig) -> None:
     devices, sizes = mesh.n_devices, f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp} must divide"
     rows = training.batch_size // training.accumulation_steps
     _require(rows % devices == 0, f"{sizes} the {rows} rows of training.batch_size / training.accumulation_steps")
-    caches = training.mode != "end_to_end" and training.progressive.cache_activations is not False
+    appends = training.mode != "end_to_end" and training.progressive.direction == "left_to_right"
+    caches = appends and training.progressive.cache_activations is not False
     _require(
         not caches or config.data.seq_len % devices == 0,
         f"{sizes} data.seq_len={config.data.seq_len}, by which the activation cache is divided",

@@ -90,6 +90,7 @@ class ObjectiveConfig:
 class ProgressiveConfig:
     """How a rack grows, one stack a phase."""
 
+    direction: str = "left_to_right"  # left_to_right (append) | right_to_left (prepend: gradient through the tail)
     enabled: bool = True  # False: every stack is live in one phase, which is training.mode='end_to_end'
     trunk_strategy: str = "frozen"  # frozen
     new_stack_precision: str | None = None  # of live stacks: as precision.compute (None: the same), or fp8

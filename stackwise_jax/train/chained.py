@@ -109,7 +109,7 @@ class ChainedGradients:
 
     def _apply_stack(self, role: Role, params: Params, x: Array, context: Context, key: Key | None) -> Array:
         if role is Role.FROZEN:
-            return self.program.apply_frozen_stack(params, x, context)
+            return self.program.apply_frozen_stack(params, x, context, remat=self.program.config.training.remat)
         return self.program.apply_live_stack(params, x, context, key)
 
     def _pull_stack(

@@ -10,7 +10,7 @@ from stackwise_jax.checks import budget_steps
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
 
-# Above this many live stacks one compiled step is no longer worth its compile time.
+# Above this many stacks in the body of a path one compiled step is no longer worth its compile time.
 FUSED_STACKS = 16
 
 
@@ -69,6 +69,11 @@ class Phase:
         return self.path[len(self.trunk) :]
 
     @property
+    def tail(self) -> tuple[int, ...]:
+        """The frozen stacks after the first live part: gradient passes through them and changes none."""
+        return tuple(stack for stack, role in self.body if role is Role.FROZEN)
+
+    @property
     def live_stacks(self) -> tuple[int, ...]:
         return tuple(stack for stack, role in self.path if role is Role.LIVE)
 
@@ -115,6 +120,8 @@ def uncachable(phase: Phase) -> str | None:
         return "its frozen prefix is empty (the embedding is live), so every update changes what a cache would hold"
     if not phase.path:
         return "its path has no stack"
+    if phase.tail:
+        return "its frozen stacks are a tail: every update of the live stack before them changes what a cache would hold"
     return None
 
 
@@ -137,10 +144,11 @@ def _steps(config: RunConfig, field: str) -> int:
     return budget_steps(getattr(config.training, field), tokens_per_step, field=f"training.{field}")
 
 
-def _execution(config: RunConfig, live_stacks: int) -> str:
+def _execution(config: RunConfig, n_stacks: int) -> str:
+    """How a body of that many stacks, live ones and those that gradient passes through, is run."""
     if config.training.execution != "auto":
         return config.training.execution
-    return "fused" if live_stacks <= FUSED_STACKS else "chained"
+    return "fused" if n_stacks <= FUSED_STACKS else "chained"
 
 
 def _end_to_end(config: RunConfig) -> Phase:
@@ -157,9 +165,13 @@ def _end_to_end(config: RunConfig) -> Phase:
 
 
 def _growing(config: RunConfig) -> tuple[Phase, ...]:
-    """Left to right: settle the embedding, then append a stack per phase over a frozen trunk."""
+    """Settles the embedding, then appends a stack per phase over a frozen trunk, or prepends it to a frozen tail."""
     training = config.training
     n_stacks = len(stack_sizes(config))
+    appends = training.progressive.direction == "left_to_right"
+    order = range(n_stacks) if appends else range(n_stacks)[::-1]
+    # A tail voids every cache, so a rack that grows one keeps none, not even for its first phase.
+    caches = training.progressive.cache_activations is not False and (appends or n_stacks == 1)
     alone = training.embedding_phase == "alone"
     head_freezes = training.head == "frozen"
     at_settling: tuple[str, ...] = ("embedding", "head") if head_freezes else ("embedding",)
@@ -177,21 +189,23 @@ def _growing(config: RunConfig) -> tuple[Phase, ...]:
                 execution=_execution(config, 0),
             )
         )
-    for stack in range(n_stacks):
-        settling = not alone and stack == 0
-        last = stack == n_stacks - 1
+    for stack in order:
+        settling = not alone and stack == order[0]
+        last = stack == order[-1]
         head = Role.FROZEN if head_freezes and not settling else Role.LIVE
         settled: tuple[str | int, ...] = (*(at_settling if settling else ()), stack)
+        trunk, tail = (range(stack), range(0)) if appends else (range(0), range(stack + 1, n_stacks))
+        before, after = (tuple((other, Role.FROZEN) for other in others) for others in (trunk, tail))
+        path = (*before, (stack, Role.LIVE), *after)
         phase = Phase(
             name=f"stack_{stack:04d}",
-            path=(*((earlier, Role.FROZEN) for earlier in range(stack)), (stack, Role.LIVE)),
+            path=path,
             embedding=Role.LIVE if settling else Role.FROZEN,
             head=head,
             steps=_steps(config, "phase_budget"),
             settles=(*settled, "head") if last and head is Role.LIVE and "head" not in settled else settled,
             unties_head=settling and training.head == "copy",
-            execution=_execution(config, 1),
+            execution=_execution(config, 1 + len(tail)),
         )
-        wants_cache = training.progressive.cache_activations is not False
-        phases.append(dataclasses.replace(phase, cached=wants_cache and uncachable(phase) is None))
+        phases.append(dataclasses.replace(phase, cached=caches and uncachable(phase) is None))
     return tuple(phases)

@@ -298,8 +298,8 @@ class Run:
             self._freeze("stacks", str(stack), f"{stack:04d}", to_storage(tree, self.config.precision.trunk))
         optimizer.pop("stacks", None)
         if phase.live_stacks and phase.head is Role.LIVE and "head" not in phase.settles:
-            last = phase.path[-1][0]
-            self.references["taps"][str(last)] = self._write_tap(last, params["head"])
+            newest = phase.live_stacks[-1]
+            self.references["taps"][str(newest)] = self._write_tap(newest, params["head"])
         for name in ("embedding", "head"):
             if name in phase.settles:
                 self._freeze(name, name, name, params.pop(name))

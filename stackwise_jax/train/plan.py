@@ -186,7 +186,7 @@ def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
         gradients=gradient_bytes,
         frozen=frozen,
         gathered=_gathered_bytes(config) if config.mesh.fsdp > 1 else _decoded_bytes(config) if stacks else 0,
-        activations=budget.activation_bytes(config, sum(sizes[stack] for stack in phase.live_stacks)),
+        activations=budget.activation_bytes(config, sum(blocks for blocks, _ in sig.body)),
         cache=_cache_bytes_on_device(plan) if phase.cached else 0,
     )
 
@@ -317,6 +317,8 @@ def _path_text(phase: Phase) -> str:
     live = phase.live_stacks
     if live:
         roles.append(f"stack {live[0]} live" if len(live) == 1 else f"stacks {live[0]}-{live[-1]} live")
+    if tail := phase.tail:
+        roles.append(f"tail {tail[0]} frozen" if len(tail) == 1 else f"tail {tail[0]}-{tail[-1]} frozen")
     roles.append(f"head {phase.head}")
     if phase.live_stacks and phase.execution == "chained":
         roles.append("chained")

@@ -108,10 +108,12 @@ class Program:
         )
         return self.placement.as_rows(x)
 
-    def apply_frozen_stack(self, params: Params, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        """Runs a stack that is settled, without dropout."""
+    def apply_frozen_stack(
+        self, params: Params, x: Float[Array, "B T D"], context: Context, *, remat: str = "none"
+    ) -> Float[Array, "B T D"]:
+        """Runs a stack that is settled, without dropout; `remat` where gradient passes through."""
         around = self.placement.around_block(self.dtype)
-        x = apply_stack(params, x, context, self.config.model, dtype=self.dtype, around=around)
+        x = apply_stack(params, x, context, self.config.model, dtype=self.dtype, remat=remat, around=around)
         return self.placement.as_rows(x)
 
 
@@ -142,7 +144,8 @@ def run_path(
         if role is Role.LIVE:
             x = program.apply_live_stack(next(live), x, context, stack_key)
         else:
-            x = program.apply_frozen_stack(next(frozen), x, context)
+            # Without remat the backward pass would keep every matrix of a quantised tail decoded.
+            x = program.apply_frozen_stack(next(frozen), x, context, remat=program.config.training.remat)
     return apply_head_norm(parts["head"], x.astype(program.dtype), model)
 
 

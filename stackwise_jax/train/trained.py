@@ -10,7 +10,7 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.memory.placement import to_device
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.checkpoint import read_tree
-from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.curriculum import make_curriculum, stack_sizes
 from stackwise_jax.train.folder import Snapshot, newest_snapshot
 from stackwise_jax.train.state import part_shape
 from stackwise_jax.types import Params
@@ -44,7 +44,8 @@ def load_trained(workdir: Path | str, *, n_stacks: int | None = None) -> Trained
 
     Args:
       workdir: the run folder.
-      n_stacks: read only that many stacks from the left, through the head as it was when the last of them was trained.
+      n_stacks: read only the first so many stacks that were trained (from the left, or where the run grew right to left
+        from the right), through the head as it was when the last of them was trained.
 
     Raises:
       UserError: not a run folder, nothing saved yet, no sound snapshot, a damaged tokenizer or head, or a depth that
@@ -85,16 +86,20 @@ def _assemble(snapshot: Snapshot) -> Params:
 
 
 def _cut(workdir: Path, config: RunConfig, meta: dict, rack: Params, n_stacks: int) -> Params:
-    """The first stacks with the head that was tapped after them."""
+    """The stacks that were trained first, with the head that was tapped after them."""
     taps = meta["parts"]["taps"]
-    reference = taps.get(str(n_stacks - 1))
+    order = list(range(len(stack_sizes(config))))
+    stacks = rack["stacks"][:n_stacks]
+    if config.training.progressive.direction == "right_to_left":
+        order, stacks = order[::-1], rack["stacks"][-n_stacks:]
+    reference = taps.get(str(order[n_stacks - 1])) if n_stacks <= len(order) else None
     head = rack["head"]
     if reference is not None:
         shape = part_shape(config, jax.random.key(0), "head", "head")
         head = to_device(read_tree(workdir / "stacks" / reference, shape))
     elif config.training.head != "frozen" or not 0 < n_stacks <= len(rack["stacks"]):
-        depths = ", ".join(str(int(stack) + 1) for stack in sorted(taps, key=int)) or "none"
+        depths = ", ".join(str(depth) for depth, stack in enumerate(order, start=1) if str(stack) in taps) or "none"
         raise UserError(
             f"--stacks={n_stacks}: {workdir} has heads for depth {depths} and for all {len(rack['stacks'])} stacks"
         )
-    return {**rack, "stacks": rack["stacks"][:n_stacks], "head": head}
+    return {**rack, "stacks": stacks, "head": head}
