@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 from stackwise_jax.errors import UserError, did_you_mean
-from stackwise_jax.schema import AdapterConfig, RunConfig
+from stackwise_jax.schema import AdapterConfig, ObjectiveConfig, RunConfig
 
 PRECISIONS = ("fp32", "bf16")
 CACHE_PRECISIONS = (*PRECISIONS, "fp8")
@@ -49,6 +49,7 @@ def settle(config: RunConfig) -> RunConfig:
     )
     progressive = training.progressive
     mode = training.mode if progressive.enabled else "end_to_end"
+    low, high = _rate_range(config.objective)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -57,6 +58,7 @@ def settle(config: RunConfig) -> RunConfig:
             d_head=model.d_head or model.d_model // model.n_heads,
             max_positions=model.max_positions or config.data.seq_len,
         ),
+        objective=dataclasses.replace(config.objective, rate_min=low, rate_max=high),
         training=dataclasses.replace(
             training,
             mode=mode,
@@ -74,6 +76,13 @@ def settle(config: RunConfig) -> RunConfig:
     _check_mesh(config)
     _check_generation(config)
     return config
+
+
+def _rate_range(objective: ObjectiveConfig) -> tuple[float, float]:
+    """The range of masked fractions: BERT's rate, or of a bound all rates from its floor on."""
+    low, high = (0.15, 0.15) if objective.name in ("clm", "mlm") else (1e-3, 1.0)
+    low = low if objective.rate_min is None else objective.rate_min
+    return low, high if objective.rate_max is None else objective.rate_max
 
 
 def _check_choices(config: RunConfig) -> None:

@@ -46,6 +46,7 @@ class ModelConfig:
     ties_embedding: bool = False  # the head reads the embedding's table
     dropout: float = 0.0  # of live stacks and a live embedding; a frozen trunk has none
     attention: str = "causal"  # causal | bidirectional
+    time_input: bool = False  # blocks are told the masked fraction (adaptive norms); follows objective.time
     attention_implementation: str = "auto"  # auto | reference | xla | cudnn; a named one that cannot serve is an error
     init_std: float = 0.02  # of every matrix; maps onto the residual stream start smaller
     architecture: ArchitectureConfig = ArchitectureConfig()
@@ -78,23 +79,64 @@ class DataConfig:
 class ObjectiveConfig:
     """What is predicted. Rates are masked fractions of the eligible places."""
 
-    name: str = "clm"  # clm | mlm
-    rate_min: float = 0.15  # equal to rate_max: a fixed rate
-    rate_max: float = 0.15  # highest masked fraction
+    name: str = "clm"  # clm | mlm | prefix | diffusion | block_diffusion | mixed
+    mixture: str = ""  # of mixed: objectives and their shares of the updates, "clm@0.5; diffusion@0.5"
+    shift: bool = False  # masked places too are predicted one place before, so that one head serves every objective
+    rate_min: float | None = None  # lowest masked fraction; None: 0.15 (mlm), 0.001 (diffusion: the floor of the bound)
+    rate_max: float | None = None  # highest; equal to rate_min: a fixed rate; None: 0.15 (mlm), 1 (diffusion)
+    rate_draw: str = "low_discrepancy"  # over rows and visits | stratified (over the rows of a batch) | independent
     mask_form: str = "bernoulli"  # bernoulli | count
-    replacement: str = "bert"  # bert (80 % mask, 10 % random, 10 % kept) | mask (always the mask)
+    replacement: str = "bert"  # of mlm: bert (80 % mask, 10 % random, 10 % kept) | mask (always the mask)
     mask_variants: int = 4  # corruptions of a row in the cache; visits beyond them see these again
+    noise_schedule: str = "linear"  # density of rates in training: linear | cosine | polynomial; one bound for all
+    weighting: str = "bound"  # of diffusion: bound (1/rate, times what the schedule's density asks for) | uniform
+    max_weight: float | None = None  # larger weights are clipped, and the training loss is no bound; None: never
+    block_length: int = 16  # places of a block, of block_diffusion
+    prefix_share: float = 0.5  # longest prefix, as a share of the row, of prefix; lengths are uniform below it
+    time: str = "none"  # none | input (the model is told the rate) | depth (bands of rates have stacks) | depth_input
+    n_bands: int | None = None  # of time=depth; None: as many as there are stacks, at most 4
+    levels: str = ""  # time=depth at fixed rates: linear | cosine | exponential | geometric | "0.9,0.5,0.15"; "": bands
+    level_min: float = 0.15  # lightest level of a pattern
+    level_max: float = 0.9  # heaviest level of a pattern
+    noise_order: str = "high_to_low"  # noise from the leftmost stacks to the rightmost: high_to_low | low_to_high
+    consistency: float = 0.0  # weight of the pull on a band's output towards E(token), where the next band sees it
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgressiveConfig:
-    """How a rack grows, one stack a phase."""
+    """How a rack grows, one stack (or band of stacks) a phase."""
 
-    direction: str = "left_to_right"  # left_to_right (append) | right_to_left (prepend: gradient through the tail)
     enabled: bool = True  # False: every stack is live in one phase, which is training.mode='end_to_end'
-    trunk_strategy: str = "frozen"  # frozen
+    direction: str = "left_to_right"  # append | right_to_left: prepend, gradient through the tail | independent: bands
+    trunk_strategy: str = "frozen"  # of mode=progressive: frozen | qlora (adapters beside it) | full (trained on)
     new_stack_precision: str | None = None  # of live stacks: as precision.compute (None: the same), or fp8
     cache_activations: bool | None = None  # keep what the trunk puts out; None: wherever a path allows it
+    last_stacks: int = 0  # the last stacks are live in every phase and end its path; those between are skipped
+    anchor_every: int | None = None  # every so many updates train the whole path; None: never
+    rebuild_every: int | None = None  # with anchors and a cache: steps after which the cache is computed anew
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthConfig:
+    """Racks that grow while all their stacks stay live (mode=progressive, trunk_strategy=full)."""
+
+    operator: str = "random"  # of new stacks: random | copy (the whole again) | interleave | zero_output (adds nothing)
+    sizes: str = ""  # stacks in each phase: "" (one more a phase) | late (1, then all) | doubling | "1,4,12"
+    shares: str = ""  # of training.phase_budget, which is then the whole run's, for each phase: "0.8,0.2"; "": equal
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """Phases in which trained stacks are trained together: after growth, or (mode=fusion) of other runs."""
+
+    sources: str = ""  # of mode=fusion: run folders whose stacks follow one another, "runs/a; runs/b:4-7"
+    budget: str = ""  # of fusion in all, such as "300 steps"; "": no such phase
+    live: str = "all"  # all | last:4 (the last four stacks) | adapters (low-rank parts of all stacks, head live)
+    embedding: str = "live"  # live | frozen
+    unfreeze_phases: int = 1  # the live stacks join in so many phases, from the head down
+    trunk_learning_rate_scale: float = 1.0  # of every live stack but the last
+    learning_rate_scale: float = 1.0  # of everything, in these phases
+    keep_moments: bool = True  # optimiser state goes on where it stood when a stack froze, if this run trained it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +154,7 @@ class AdapterConfig:
 class TrainingConfig:
     """The curriculum and the step. A budget reads "200 steps", "1_500 steps", "5M tokens" or "1.2B tokens"."""
 
-    mode: str = "stackwise"  # layerwise | blockwise | stackwise | end_to_end
+    mode: str = "stackwise"  # layerwise | blockwise | stackwise | progressive | fusion | end_to_end
     block_group: int = 1  # blocks a stack in blockwise mode
     embedding_phase: str = "alone"  # alone (a phase 0 for embedding and head) | with_first_stack
     head: str = "live"  # after the embedding is settled: live | frozen | copy (untie, then live)
@@ -125,6 +167,8 @@ class TrainingConfig:
     unroll_blocks: int = 16  # blocks of a live stack compiled one after another; a larger stack is a loop over them
     loss_chunk_tokens: int = 2048  # tokens whose logits exist at once
     progressive: ProgressiveConfig = ProgressiveConfig()
+    growth: GrowthConfig = GrowthConfig()
+    fusion: FusionConfig = FusionConfig()
     adapters: AdapterConfig = AdapterConfig()
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxtyping import Key as PRNGKey
 
 Params = dict[str, Any]
@@ -40,6 +40,7 @@ class Batch:
       positions: place inside the document, from 0.
       row_ids: which row of the corpus this is.
       visits: how many times the row was drawn before.
+      bands: (low, high) of each row's masked fraction, as a phase asks for it; None: the range of the config.
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -47,6 +48,7 @@ class Batch:
     positions: Int[AnyArray, "B T"]
     row_ids: Int[AnyArray, "B"]
     visits: Int[AnyArray, "B"]
+    bands: Float[AnyArray, "B 2"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +61,11 @@ class Example:
       targets: ids that the head must predict at each place.
       weights: weight of each place in the loss; 0 where nothing is asked.
       segments, positions: as in `Batch`.
+      asked: tokens that each row's loss is a mean over, where that is not the sum of its weights: of a bound, all that
+        could have been masked.
+      rates: masked fraction of each row, for a model that is told.
+      prefix_lengths: of a prefix mask.
+      revealed: places that are still visible at the lower edge of the row's band.
     """
 
     inputs: Int[AnyArray, "B T"]
@@ -66,6 +73,15 @@ class Example:
     weights: Float[AnyArray, "B T"]
     segments: Int[AnyArray, "B T"]
     positions: Int[AnyArray, "B T"]
+    asked: Float[AnyArray, "B"] | None = None
+    rates: Float[AnyArray, "B"] | None = None
+    prefix_lengths: Int[AnyArray, "B"] | None = None
+    revealed: Bool[AnyArray, "B T"] | None = None
+
+    @property
+    def weight(self) -> Float[AnyArray, ""]:
+        """What the batch's summed loss is divided by."""
+        return self.weights.sum() if self.asked is None else self.asked.sum()
 
 
 @jax.tree_util.register_dataclass

@@ -1,5 +1,7 @@
 """Masked language modelling: hidden places predict themselves (Devlin et al., 2019), at one rate or over a range."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -24,8 +26,8 @@ def corrupt(key: Key, batch: Batch, *, config: ObjectiveConfig, vocabulary: Voca
         batch.row_ids,
         batch.visits,
         n_rows=n_rows,
-        low=config.rate_min,
-        high=config.rate_max,
+        low=typing.cast(float, config.rate_min),
+        high=typing.cast(float, config.rate_max),
     )
     hidden = HIDE[config.mask_form](scores, eligible_places(batch, vocabulary), rates)
     if config.replacement == "mask":

@@ -121,7 +121,7 @@ def uncachable(phase: Phase) -> str | None:
     if not phase.path:
         return "its path has no stack"
     if phase.tail:
-        return "its frozen stacks are a tail: every update of the live stack before them changes what a cache would hold"
+        return "its frozen stacks are a tail: every update of the live stack before it changes what a cache would hold"
     return None
 
 
