@@ -4,6 +4,7 @@ What it prints beyond training is a function of the run folder, so a finished ru
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -120,8 +121,8 @@ def scored_tokens(
         rows=config.evaluation.rows,
         isolate_documents=config.data.isolate_documents,
     )
-    corrupt = jax.jit(program.corrupt)
-    examples = [corrupt(program.mask_key, batch) for batch in batches]
+    corrupt = jax.jit(functools.partial(program.corrupt, program.task))
+    examples = [corrupt(batch) for batch in batches]
 
     def join(field: str) -> np.ndarray:
         return np.concatenate([np.asarray(getattr(example, field)).reshape(-1) for example in examples])

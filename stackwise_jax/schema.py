@@ -136,7 +136,6 @@ class FusionConfig:
     unfreeze_phases: int = 1  # the live stacks join in so many phases, from the head down
     trunk_learning_rate_scale: float = 1.0  # of every live stack but the last
     learning_rate_scale: float = 1.0  # of everything, in these phases
-    keep_moments: bool = True  # optimiser state goes on where it stood when a stack froze, if this run trained it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +147,7 @@ class AdapterConfig:
     alpha: float = 16.0  # the low-rank part is multiplied by alpha / rank
     targets: str = "all"  # linear maps: all, or some of query,key,value,output,up,gate,down
     learning_rate_scale: float = 1.0  # of optimizer.learning_rate; adapters are trained by AdamW, without decay
+    merge: bool = False  # when they settle they are added into the weights, instead of kept beside them
 
 
 @dataclasses.dataclass(frozen=True)

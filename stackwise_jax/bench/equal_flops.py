@@ -27,7 +27,7 @@ def share_out(config: RunConfig, flops: float, embedding_share: float, rows: int
         raise UserError(f"cache.window_gib={config.cache.window_gib} must be None where runs are compared")
     one = _with_steps(config, 1, 1)
     plan = make_plan(one, rows)
-    first = 1 if not plan.phases[0].path else 0  # a phase of embedding and head alone
+    first = 1 if not plan.phases[0].main.path else 0  # a phase of embedding and head alone
     embedding_flops, stack_flops = sum(plan.step_flops[:first]), sum(plan.step_flops[first:])
     embedding_steps = max(1, round(embedding_share * flops / embedding_flops)) if first else 1
     left = flops - sum(plan.pass_flops) - embedding_steps * embedding_flops

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from stackwise_jax.checks import samplers
+from stackwise_jax.checks.generation import samplers
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evals.diversity import distinct, token_entropy

@@ -10,9 +10,10 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.memory.placement import to_device
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.checkpoint import read_tree
-from stackwise_jax.train.curriculum import make_curriculum, stack_sizes
+from stackwise_jax.train.curriculum import make_curriculum
 from stackwise_jax.train.folder import Snapshot, newest_snapshot
-from stackwise_jax.train.state import part_shape
+from stackwise_jax.train.phases import stack_sizes
+from stackwise_jax.train.state import adapter_name, carried_names, part_names, part_shape, split
 from stackwise_jax.types import Params
 
 
@@ -72,17 +73,22 @@ def load_trained(workdir: Path | str, *, n_stacks: int | None = None) -> Trained
 
 
 def _assemble(snapshot: Snapshot) -> Params:
-    frozen, live = snapshot.frozen, {} if snapshot.state is None else snapshot.state.params
-    stacks = dict(frozen.stacks)
-    if "stacks" in live:
-        phase = make_curriculum(snapshot.config)[snapshot.meta["phase"]]
-        stacks |= dict(zip(phase.live_stacks, live["stacks"], strict=True))
-    rack = {
-        "embedding": live.get("embedding", frozen.embedding),
-        "stacks": [stacks[stack] for stack in sorted(stacks)],
-        "head": live.get("head", frozen.head),
-    }
-    return to_device(rack)
+    """The rack: frozen parts, and what is live in the place of them."""
+    frozen = dataclasses.replace(
+        snapshot.frozen, stacks=dict(snapshot.frozen.stacks), adapters=dict(snapshot.frozen.adapters)
+    )
+    if snapshot.state is not None:
+        phases, index = make_curriculum(snapshot.config), snapshot.meta["phase"]
+        inside = snapshot.meta["position"]["phase_step"] > 0
+        names = part_names(phases[index]) if inside else carried_names(phases, index)
+        live = {name: params for name, (params, _) in split(snapshot.state, names).items()}
+        frozen.stacks |= {name: params for name, params in live.items() if isinstance(name, int)}
+        frozen.adapters |= {
+            stack: live[adapter_name(stack)] for stack in phases[index].adapter_stacks if adapter_name(stack) in live
+        }
+        frozen.embedding = live.get("embedding", frozen.embedding)
+        frozen.head = live.get("head", frozen.head)
+    return to_device(frozen.rack(snapshot.config.training.adapters.alpha))
 
 
 def _cut(workdir: Path, config: RunConfig, meta: dict, rack: Params, n_stacks: int) -> Params:

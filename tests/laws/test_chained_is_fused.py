@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from stackwise_jax.models.rack import init_rack
-from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.train.chained import ChainedGradients, make_chained_step
-from stackwise_jax.train.curriculum import Role, Signature
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.optimizer import init_part, make_transforms
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.train.step import Program, make_gradients, make_train_step
@@ -42,8 +41,8 @@ PATHS = {
 def setting(tiny: Any, path: str) -> tuple[Program, Signature, Params, Params, Batch, Any]:
     overrides, body, embedding, head, has_table = PATHS[path]
     config = tiny(model__architecture__n_stacks=3, **overrides)
-    program = Program(config, make_corrupt(config.objective, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8))
-    signature = Signature(embedding is FROZEN, body, embedding, head, has_table, "fused")
+    program = Program(config, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8)
+    signature = Signature(embedding is FROZEN, body, embedding, head, has_table, "fused", program.task)
     rack = init_rack(jax.random.key(3), config.model, tuple(blocks for blocks, _ in body))
     live: Params = {"stacks": [s for s, (_, role) in zip(rack["stacks"], body, strict=True) if role is LIVE]}
     frozen: Params = {"frozen_stacks": [s for s, (_, r) in zip(rack["stacks"], body, strict=True) if r is FROZEN]}
@@ -80,8 +79,8 @@ def test_chained_gradients_detect_a_missing_boundary(tiny: Any, monkeypatch: pyt
     chain = ChainedGradients(program, signature)
     first: list[Any] = []
     original = chain._vjp
-    chain._forward = (lambda forward: lambda *args: first.append(args[2]) or forward(*args))(chain._forward)
-    chain._vjp = lambda role, stack, boundary, *rest: original(role, stack, first[0], *rest)
+    chain._forward = (lambda forward: lambda *args: first.append(args[3]) or forward(*args))(chain._forward)
+    chain._vjp = lambda role, own, settled, boundary, *rest: original(role, own, settled, first[0], *rest)
     assert relative_difference(chain(live, frozen, batch, x, None), fused) > 1e-3
 
 
@@ -94,7 +93,7 @@ def test_chained_step_is_fused_step(tiny: Any) -> None:
         state = TrainState(params, {name: init_part(transforms, name, part) for name, part in params.items()})
         execution = dataclasses.replace(signature, execution="chained")
         results.append(
-            make(program, execution)(state, frozen, batch, x, np.array(0.5, np.float32), np.array(3, np.int32))
+            make(program, execution)(state, frozen, batch, x, np.full(len(live) - 1 + len(live["stacks"]), 0.5, np.float32), np.array(3, np.int32))
         )
     (fused_state, fused), (chained_state, chained) = results
     for name in fused:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stackwise_jax.checks import adapter_ranks
+from stackwise_jax.checks.training import adapter_ranks
 from stackwise_jax.config import resolve
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory.precision import from_storage, to_storage

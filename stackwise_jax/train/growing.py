@@ -1,0 +1,89 @@
+"""Racks that grow while all their stacks are live: which stacks each stage holds, and what new ones are made from.
+
+Stacks are numbered as in the finished rack, so that growing moves nothing: a smaller rack is a path that skips stacks.
+"""
+
+import dataclasses
+import itertools
+
+from stackwise_jax.errors import UserError
+from stackwise_jax.models.growth import grown_places, sources
+from stackwise_jax.schema import RunConfig
+
+LATE_SHARES = (0.8, 0.2)  # of one expansion (Bu, 2025: about four fifths of the updates before it)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A rack on its way.
+
+    Attributes:
+      stacks: it consists of, from the left.
+      grows: (new stack, the stack that it is made from); new stacks that are not among them are drawn.
+    """
+
+    stacks: tuple[int, ...]
+    grows: tuple[tuple[int, int], ...]
+
+
+def stages(config: RunConfig, n_stacks: int) -> tuple[Stage, ...]:
+    """The racks of a growing run, the finished one of `n_stacks` last.
+
+    Raises:
+      UserError: sizes that do not rise to the number of stacks.
+    """
+    sizes, operator = _sizes(config.training.growth.sizes, n_stacks), config.training.growth.operator
+    prepends = config.training.progressive.direction == "right_to_left"
+    places = [tuple(range(n_stacks))]
+    for small, large in reversed(list(itertools.pairwise(sizes))):
+        kept = range(large - small, large) if prepends else grown_places(operator, small, large)
+        places.insert(0, tuple(places[0][place] for place in kept))
+    result = [Stage(places[0], ())]
+    for (small, large), old, new in zip(itertools.pairwise(sizes), places, places[1:], strict=False):
+        pairs = zip(new, sources(operator, small, large), strict=True)
+        grows = tuple((stack, old[source]) for stack, source in pairs if stack not in old and source is not None)
+        result.append(Stage(new, grows))
+    return tuple(result)
+
+
+def cumulative_shares(config: RunConfig, n_stages: int) -> list[float]:
+    """What part of the budget is behind the rack at the end of every stage.
+
+    Raises:
+      UserError: shares that are not as many positive numbers as there are stages.
+    """
+    growth = config.training.growth
+    if growth.shares:
+        try:
+            shares = [float(share) for share in growth.shares.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) != n_stages or min(shares) <= 0.0:
+            raise UserError(
+                f"training.growth.shares={growth.shares!r} must be {n_stages} positive numbers, one for each rack on "
+                'the way, such as "0.8,0.2"'
+            )
+    else:
+        shares = list(LATE_SHARES) if growth.sizes == "late" and n_stages == 2 else [1.0] * n_stages
+    return [total / sum(shares) for total in itertools.accumulate(shares)]
+
+
+def _sizes(text: str, n_stacks: int) -> tuple[int, ...]:
+    """Stacks of each rack on the way."""
+    if text == "":
+        return tuple(range(1, n_stacks + 1))
+    if text == "late":
+        return (1, n_stacks) if n_stacks > 1 else (1,)
+    if text == "doubling":
+        doubled = itertools.takewhile(lambda size: size < n_stacks, (2**power for power in itertools.count()))
+        return (*doubled, n_stacks)
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or sizes[0] < 1 or sizes[-1] != n_stacks or any(a >= b for a, b in itertools.pairwise(sizes)):
+        raise UserError(
+            f'training.growth.sizes={text!r} must be "", late, doubling or rising numbers of stacks that end in the '
+            f'{n_stacks} of the rack, such as "1,{n_stacks}"'
+        )
+    return sizes
