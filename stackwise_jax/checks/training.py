@@ -66,11 +66,13 @@ def check_progressive(config: RunConfig) -> None:
         f"training.progressive.rebuild_every={progressive.rebuild_every} goes with training.progressive.anchor_every: "
         "without anchors no cache grows old",
     )
-    require(
-        strategy == "full" or (growth.operator, growth.sizes, growth.shares) == ("random", "", ""),
-        "training.growth needs training.mode='progressive' with training.progressive.trunk_strategy='full'; "
-        f"it is {training.mode!r} with {strategy!r}",
-    )
+    for field, unset in (("operator", "random"), ("sizes", ""), ("shares", "")):
+        value = getattr(growth, field)
+        require(
+            strategy == "full" or value == unset,
+            f"training.growth.{field}={value!r} needs training.mode='progressive' with "
+            f"training.progressive.trunk_strategy='full', not {training.mode!r} with {strategy!r}",
+        )
     require(
         not prepends or growth.operator == "random",
         f"training.growth.operator={growth.operator!r} makes stacks after those that are there; "

@@ -84,6 +84,11 @@ class Branch:
     def adapter_stacks(self) -> tuple[int, ...]:
         return self.stacks_of(Role.ADAPTER)
 
+    @property
+    def live_names(self) -> tuple[Name, ...]:
+        """Everything that is trained, adapters aside."""
+        return (*(name for name in ("embedding", "head") if getattr(self, name) is Role.LIVE), *self.live_stacks)
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -131,8 +136,8 @@ class Phase:
     @property
     def live_names(self) -> tuple[Name, ...]:
         """Everything that any branch trains, adapters aside."""
-        lasting = [name for name in ("embedding", "head") if any(getattr(b, name) is Role.LIVE for b in self.branches)]
-        return (*lasting, *self.live_stacks)
+        every = {name for branch in self.branches for name in branch.live_names}
+        return (*(name for name in ("embedding", "head") if name in every), *self.live_stacks)
 
     @property
     def cached(self) -> bool:
