@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stackwise_jax.errors import UserError
 from stackwise_jax.generate.reveal import Denoiser, Rows, Rule, begin_rows, reveal_until
-from stackwise_jax.models.rack import apply_embedding, rack_logits, row_context
+from stackwise_jax.models.rack import apply_embedding, rack_logits, row_context, time_vector
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Keys, Params
@@ -45,15 +45,16 @@ class RackDenoiser:
     rescales_mask: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __call__(self, tokens: Int[Array, "B T"], rate: Float[Array, "B"]) -> Float[Array, "B T V"]:
-        del rate  # a rack counts the masks itself
+        # A rack that is not told the share of masks counts them itself.
+        time = time_vector(self.rack["embedding"], rate) if self.model.time_input else None
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        context = row_context(self.model, (tokens != self.pad_id).astype(jnp.int32), positions)
+        context = row_context(self.model, (tokens != self.pad_id).astype(jnp.int32), positions, time=time)
         x = apply_embedding(self.rack["embedding"], tokens, positions, self.model, dtype=self.dtype)
         if self.rescales_mask:
             x = jnp.where((tokens == self.mask_id)[:, :, None], self._as_embedding(x), x)
         for stack in self.rack["stacks"]:
             x = apply_stack(stack, x, context, self.model, dtype=self.dtype)
-        logits = rack_logits(self.rack, x, self.model)
+        logits = rack_logits(self.rack, x, self.model, time)
         return logits_of_places(logits, logits[:, 0]) if self.shift else logits
 
     def _as_embedding(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -7,7 +7,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from stackwise_jax.models.layers import FeedForward, Linear, Norm, dropout
+from stackwise_jax.models.layers import FeedForward, Linear, Modulation, Norm, dropout, modulations
 from stackwise_jax.ops.attention import attention
 from stackwise_jax.ops.mask import Mask
 from stackwise_jax.ops.rope import apply_rope
@@ -18,17 +18,19 @@ from stackwise_jax.types import Key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What attention needs besides activations.
+    """What a block needs besides activations.
 
     Attributes:
       positions: place of each query inside its document.
       mask: a `Mask`, or the array that says which stored keys each query sees when decoding.
       write_at: with stored keys, the slot that the first query's key goes to.
+      time: what blocks are told of each row's masked fraction (`models.rack.time_vector`), where `model.time_input`.
     """
 
     positions: Int[Array, "B T"]
     mask: Mask | Bool[Array, "B 1 T S"]
     write_at: Int[Array, ""] | int = 0
+    time: Float[Array, "B C"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +85,8 @@ class Block(nn.Module):
     """Attention and feed-forward, each with a residual connection and a norm before (pre) or after the sum (post).
 
     With `model.stability.residual_gain` what both add is multiplied by one learned number of the block (ReZero;
-    Bachlechner et al., 2021).
+    Bachlechner et al., 2021). With `model.time_input` both norms, in either position, are scaled and shifted by what
+    the time vector maps to (adaptive norms; Peebles and Xie, 2023, without their gates).
     """
 
     model: ModelConfig
@@ -103,13 +106,21 @@ class Block(nn.Module):
         stored: KeyValues | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        attention_change, mlp_change = self._modulations(context)
         if self.model.norm_position == "pre":
-            mixed, stored = self.attention(self.attention_norm(x), context, stored)
+            mixed, stored = self.attention(self.attention_norm(x, attention_change), context, stored)
             x = x + self._branch(mixed, attention_key)
-            return x + self._branch(self.mlp(self.mlp_norm(x)), mlp_key), stored
+            return x + self._branch(self.mlp(self.mlp_norm(x, mlp_change)), mlp_key), stored
         mixed, stored = self.attention(x, context, stored)
-        x = self.attention_norm(x + self._branch(mixed, attention_key))
-        return self.mlp_norm(x + self._branch(self.mlp(x), mlp_key)), stored
+        x = self.attention_norm(x + self._branch(mixed, attention_key), attention_change)
+        return self.mlp_norm(x + self._branch(self.mlp(x), mlp_key), mlp_change), stored
+
+    def _modulations(self, context: Context) -> tuple[Modulation | None, Modulation | None]:
+        """Of the two norms."""
+        if not self.model.time_input:
+            return None, None
+        of_attention, of_mlp = modulations(self.get_variable("params", "adaptive"), context.time, 2)
+        return of_attention, of_mlp
 
     def _branch(self, added: Float[Array, "B T D"], key: Key | None) -> Float[Array, "B T D"]:
         """What a residual connection adds, after dropout and the block's gain."""

@@ -7,19 +7,24 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.models import weights
 from stackwise_jax.models.block import Context, KeyValues
-from stackwise_jax.models.layers import apply_norm, dropout
+from stackwise_jax.models.layers import apply_norm, dropout, modulations
 from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
 from stackwise_jax.ops.mask import Mask, MaskKind
+from stackwise_jax.ops.matmul import matmul
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
 
 # Streams of the run's key, so that no two parts of a rack ever draw the same numbers.
 EMBEDDING_STREAM, BLOCKS_STREAM, HEAD_STREAM = 0, 1, 2
+
+# A masked fraction is told as DiT tells its 1000 steps: waves of 1 to 10000 radians a step.
+TIME_STEPS, LONGEST_TIME = 1000.0, 10000.0
 
 
 def init_embedding(key: Key, model: ModelConfig) -> Params:
@@ -74,11 +79,38 @@ def apply_embedding(
     return dropout(x.astype(dtype), model.dropout, key)
 
 
-def apply_head_norm(params: Params, x: Float[Array, "B T D"], model: ModelConfig) -> Float[Array, "B T D"]:
-    """The final norm of a pre-norm rack; a post-norm block already ends in one."""
+def time_vector(embedding: Params, rates: Float[Array, "B"]) -> Float[Array, "B C"]:
+    """What blocks of a model with `time_input` are told: a function of each row's masked fraction, in float32.
+
+    64 pairs of cosine and sine of 1000 r, of geometric frequencies from 1 down to about 1/10000, two maps, SiLU after
+    each: the time of DiT (Peebles and Xie, 2023), at the width that MDLM has it (Sahoo et al., 2024).
+
+    Args:
+      embedding: parameters of the embedding, whole.
+      rates: masked fractions in [0, 1]; 0 is a row without masks.
+    """
+    half = weights.TIME_FEATURES // 2
+    frequencies = (LONGEST_TIME ** (-np.arange(half) / half)).astype(np.float32)
+    angles = TIME_STEPS * rates.astype(jnp.float32)[:, None] * frequencies[None, :]
+    vector = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    for name in ("first", "second"):
+        own = embedding["time"][name]
+        vector = jax.nn.silu(matmul(vector, own["kernel"], dtype=jnp.float32) + own["bias"][None, :])
+    return vector
+
+
+def apply_head_norm(
+    params: Params, x: Float[Array, "B T D"], model: ModelConfig, time: Float[Array, "B C"] | None = None
+) -> Float[Array, "B T D"]:
+    """The final norm of a pre-norm rack; a post-norm block already ends in one.
+
+    Args:
+      time: `Context.time`, where `model.time_input`.
+    """
     if model.norm_position == "post":
         return x
-    return apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model)
+    modulation = modulations(params["adaptive"], time, 1)[0] if model.time_input else None
+    return apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model, modulation)
 
 
 def output_table(head: Params, embedding: Params) -> Float[Array, "V D"]:
@@ -86,9 +118,19 @@ def output_table(head: Params, embedding: Params) -> Float[Array, "V D"]:
     return head["table"] if "table" in head else embedding["tokens"]
 
 
-def row_context(model: ModelConfig, segments: Int[Array, "B T"] | None, positions: Int[Array, "B T"]) -> Context:
-    """The context of whole packed rows; without segments a row is one document and attention takes its fast path."""
-    return Context(positions, Mask(kind=typing.cast(MaskKind, model.attention), segments=segments))
+def row_context(
+    model: ModelConfig,
+    segments: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"],
+    *,
+    time: Float[Array, "B C"] | None = None,
+) -> Context:
+    """The context of whole packed rows; without segments a row is one document and attention takes its fast path.
+
+    Args:
+      time: `time_vector` of the rows' masked fractions, where `model.time_input`.
+    """
+    return Context(positions, Mask(kind=typing.cast(MaskKind, model.attention), segments=segments), time=time)
 
 
 def apply_rack(
@@ -103,7 +145,7 @@ def apply_rack(
     x = apply_embedding(rack["embedding"], inputs, context.positions, model, dtype=dtype)
     for stack in rack["stacks"]:
         x = apply_stack(stack, x, context, model, dtype=dtype)
-    return apply_head_norm(rack["head"], x, model)
+    return apply_head_norm(rack["head"], x, model, context.time)
 
 
 def init_key_values(rack: Params, model: ModelConfig, batch: int, length: int, *, dtype: DTypeLike) -> list[KeyValues]:
@@ -126,7 +168,7 @@ def decode_rack(
 ) -> tuple[Float[Array, "B V"], list[KeyValues]]:
     """Reads `T` more places after those stored; returns float32 logits of the last one and what is stored now."""
     x, extended = decode_stacks(rack, inputs, context, stored, model, dtype=dtype)
-    return rack_logits(rack, x[:, -1:], model)[:, 0], extended
+    return rack_logits(rack, x[:, -1:], model, context.time)[:, 0], extended
 
 
 def decode_stacks(
@@ -147,8 +189,10 @@ def decode_stacks(
     return x, extended
 
 
-def rack_logits(rack: Params, x: Float[Array, "B T D"], model: ModelConfig) -> Float[Array, "B T V"]:
-    """float32 logits of what the last stack puts out."""
-    x = apply_head_norm(rack["head"], x, model)
+def rack_logits(
+    rack: Params, x: Float[Array, "B T D"], model: ModelConfig, time: Float[Array, "B C"] | None = None
+) -> Float[Array, "B T V"]:
+    """float32 logits of what the last stack puts out; `time` as in `apply_head_norm`."""
+    x = apply_head_norm(rack["head"], x, model, time)
     table = output_table(rack["head"], rack["embedding"])
     return jnp.einsum("BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
