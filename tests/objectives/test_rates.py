@@ -112,6 +112,17 @@ def test_a_band_without_width_is_its_rate_with_weight_one():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rounding_leaves_no_band(schedule: str):
+    """The smallest and the largest unit, in bands whose ends they round to and beyond."""
+    lows = np.linspace(0.01, 0.99, 400, dtype=np.float32)
+    bands = jnp.array(np.stack([lows, np.minimum(lows + np.float32(0.3), 1.0)], axis=1))
+    units = jnp.full((400, 2), jnp.array([2.0**-24, 1.0]))
+    rates, _ = rates_in(units, bands, SCHEDULES[schedule])
+    assert np.all((rates > bands[:, :1]) & (rates <= bands[:, 1:]))
+    assert not np.all(bands[:, :1] + units * 0.3 > bands[:, :1])  # as plain arithmetic has it
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("band", [(0.0, 1.0), (1e-3, 0.25), (0.9, 1.0)])
 def test_a_schedule_spreads_times_evenly_over_the_band(schedule: str, band: tuple[float, float]):
     """Rates at even units have even times; the linear one's are even themselves."""
