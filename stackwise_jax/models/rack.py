@@ -123,14 +123,22 @@ def row_context(
     segments: Int[Array, "B T"] | None,
     positions: Int[Array, "B T"],
     *,
+    kind: str | None = None,
+    prefix_lengths: Int[Array, "B"] | None = None,
+    block_length: int | None = None,
     time: Float[Array, "B C"] | None = None,
 ) -> Context:
     """The context of whole packed rows; without segments a row is one document and attention takes its fast path.
 
     Args:
+      segments, positions: of block_diffusion, those of a row twice, for its noised and its clean half.
+      kind: who sees whom (`ops.mask.Mask`), since one rack may be run under several; None: `model.attention`.
+      prefix_lengths: of kind prefix.
+      block_length: of kinds block_causal and block_diffusion.
       time: `time_vector` of the rows' masked fractions, where `model.time_input`.
     """
-    return Context(positions, Mask(kind=typing.cast(MaskKind, model.attention), segments=segments), time=time)
+    own_kind = typing.cast(MaskKind, model.attention if kind is None else kind)
+    return Context(positions, Mask(own_kind, segments, prefix_lengths, block_length), time=time)
 
 
 def apply_rack(
