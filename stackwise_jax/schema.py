@@ -111,6 +111,7 @@ class ProgressiveConfig:
     trunk_strategy: str = "frozen"  # of mode=progressive: frozen | qlora (adapters beside it) | full (trained on)
     new_stack_precision: str | None = None  # of live stacks: as precision.compute (None: the same), or fp8
     cache_activations: bool | None = None  # keep what the trunk puts out; None: wherever a path allows it
+    shares: str = ""  # of the updates of all stacks' phases, for each in turn: "0.7,0.1,0.1,0.1"; "": equal
     last_stacks: int = 0  # the last stacks are live in every phase and end its path; those between are skipped
     anchor_every: int | None = None  # every so many updates train the whole path; None: never
     rebuild_every: int | None = None  # with anchors and a cache: steps after which the cache is computed anew

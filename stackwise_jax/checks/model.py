@@ -47,8 +47,15 @@ def check_objective(config: RunConfig) -> None:
         f"objective.block_length={objective.block_length} must divide data.seq_len={config.data.seq_len}",
     )
     require(
-        not config.model.time_input or bool(masked),
-        f"objective.time={objective.time!r} tells a masked fraction, and objective.name={objective.name!r} has none",
+        not config.model.time_input or set(names) <= {"mlm", "diffusion"},
+        f"objective.time={objective.time!r} tells each row's masked fraction: objectives must be mlm or diffusion, "
+        f"not {', '.join(names)}",
+    )
+    bounds = "diffusion" in masked or "block_diffusion" in masked
+    require(
+        not bounds or objective.weighting == "uniform" or bool(objective.levels) or low > 0.0,
+        "objective.rate_min=0 makes a place that is masked alone weigh without limit; give the bound a floor, such as "
+        "0.001",
     )
     _check_depth(config)
 

@@ -74,6 +74,10 @@ def check_progressive(config: RunConfig) -> None:
             f"training.progressive.trunk_strategy='full', not {training.mode!r} with {strategy!r}",
         )
     require(
+        not progressive.shares or (grows and strategy != "full" and progressive.direction != "independent"),
+        f"training.progressive.shares={progressive.shares!r} is of modes that train a stack or a band per phase",
+    )
+    require(
         not prepends or growth.operator == "random",
         f"training.growth.operator={growth.operator!r} makes stacks after those that are there; "
         "training.progressive.direction='right_to_left' needs 'random'",

@@ -167,7 +167,7 @@ def _independent(config: RunConfig) -> list[Phase]:
 
 
 def _growing(config: RunConfig) -> list[Phase]:
-    """Settles the embedding, then appends a stack (or a band of them) a phase to a trunk, or prepends it to a tail."""
+    """Settles the embedding, then appends a stack (or a band) a phase to a trunk, or prepends it to a tail."""
     training, progressive = config.training, config.training.progressive
     n_stacks = len(stack_sizes(config))
     units = band_stacks(config) if is_depth(config) else tuple((stack,) for stack in range(n_stacks))
@@ -175,8 +175,10 @@ def _growing(config: RunConfig) -> list[Phase]:
     last = tuple(range(n_stacks - progressive.last_stacks, n_stacks))
     numbers = [number for number, unit in enumerate(units) if not set(unit) & set(last)]
     order = numbers if progressive.direction == "left_to_right" else numbers[::-1]
+    steps = _steps(config, training.phase_budget, "phase_budget") * len(order)
+    shares = growing.phase_shares(progressive.shares, len(order), "training.progressive.shares")
     phases = _embedding_phase(config)
-    for number in order:
+    for number, share in zip(order, shares, strict=True):
         unit, settling = units[number], not phases
         head = FROZEN if training.head == "frozen" and not settling else LIVE
         branches = _unit_branches(config, unit, last, embedding=LIVE if settling else FROZEN, head=head)
@@ -184,7 +186,7 @@ def _growing(config: RunConfig) -> list[Phase]:
         phase = Phase(
             name=f"band_{number:04d}" if is_depth(config) else f"stack_{unit[0]:04d}",
             branches=branches,
-            steps=_steps(config, training.phase_budget, "phase_budget"),
+            steps=max(1, round(steps * share)),
             unties_head=settling and training.head == "copy",
         )
         phases += _in_stretches(phase, progressive.rebuild_every)
@@ -194,7 +196,7 @@ def _growing(config: RunConfig) -> list[Phase]:
 def _unit_branches(
     config: RunConfig, unit: tuple[int, ...], last: tuple[int, ...], *, embedding: Role, head: Role
 ) -> tuple[Branch, ...]:
-    """Stacks trained over what is there already: a trunk before them or a tail after; then, where asked for, anchors."""
+    """Stacks trained over what is there already, a trunk before them or a tail after, and anchors if asked for."""
     progressive, n_stacks = config.training.progressive, len(stack_sizes(config))
     appends = progressive.direction == "left_to_right"
     settled = ADAPTER if config.training.mode == "progressive" and progressive.trunk_strategy == "qlora" else FROZEN

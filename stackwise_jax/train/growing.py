@@ -53,19 +53,28 @@ def cumulative_shares(config: RunConfig, n_stages: int) -> list[float]:
       UserError: shares that are not as many positive numbers as there are stages.
     """
     growth = config.training.growth
-    if growth.shares:
-        try:
-            shares = [float(share) for share in growth.shares.split(",")]
-        except ValueError:
-            shares = []
-        if len(shares) != n_stages or min(shares) <= 0.0:
-            raise UserError(
-                f"training.growth.shares={growth.shares!r} must be {n_stages} positive numbers, one for each rack on "
-                'the way, such as "0.8,0.2"'
-            )
-    else:
-        shares = list(LATE_SHARES) if growth.sizes == "late" and n_stages == 2 else [1.0] * n_stages
-    return [total / sum(shares) for total in itertools.accumulate(shares)]
+    shares = phase_shares(growth.shares, n_stages, "training.growth.shares")
+    if not growth.shares and growth.sizes == "late" and n_stages == 2:
+        shares = LATE_SHARES
+    return list(itertools.accumulate(shares))
+
+
+def phase_shares(text: str, n_phases: int, field: str) -> tuple[float, ...]:
+    """What part of a budget each of several phases has, in turn; equal parts where no text says otherwise.
+
+    >>> phase_shares("3,1", 2, "shares")
+    (0.75, 0.25)
+
+    Raises:
+      UserError: the text is not as many positive numbers as there are phases.
+    """
+    try:
+        shares = [float(share) for share in text.split(",")] if text else [1.0] * n_phases
+    except ValueError:
+        shares = []
+    if len(shares) != n_phases or not all(1e-6 <= share <= 1e6 for share in shares):
+        raise UserError(f'{field}={text!r} must be {n_phases} positive numbers, one a phase, such as "0.8,0.2"')
+    return tuple(share / sum(shares) for share in shares)
 
 
 def _sizes(text: str, n_stacks: int) -> tuple[int, ...]:

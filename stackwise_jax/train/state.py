@@ -148,7 +148,7 @@ class PartSource:
         self._transforms = make_transforms(config, scales_head=False)  # its rates are no matter of the state
 
     def begin(self, phase: Phase, carried: Parts, frozen: Frozen, *, head_has_table: bool) -> Parts:
-        """What a phase trains, from what the phase before left live and what is settled; empties shelves that it uses."""
+        """What a phase trains, from what the one before left live and what is settled; empties shelves it uses."""
         parts: Parts = {}
         made_from = dict(phase.grows)
         for name in part_names(phase):

@@ -32,13 +32,13 @@ from stackwise_jax.objectives.objective import Task
 from stackwise_jax.schema import MeshConfig, RunConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.chained import ChainedGradients
-from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.optimizer import init_part, make_transforms, update_part
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.step import Program, make_gradients
 from stackwise_jax.types import Batch, Vocabulary
 
 LIVE = Role.LIVE
-SIGNATURE = Signature(False, ((2, LIVE),), LIVE, LIVE, False, "fused")
+SIGNATURE = Signature(False, ((2, LIVE),), LIVE, LIVE, False, "fused", Task("clm", "causal"))
 NO_MESH = MeshConfig()
 
 
@@ -128,9 +128,7 @@ def weight_shares(config: RunConfig) -> dict[str, list[float]]:
 
     config = with_mesh(config, MeshConfig(2, 4))
     source = PartSource(config, jax.random.key(0))
-    lasting, grown, *_ = (
-        source.begin(phase, {}, Frozen(), head_has_table=True) for phase in make_curriculum(config)
-    )
+    lasting, grown, *_ = (source.begin(phase, {}, Frozen(), head_has_table=True) for phase in make_curriculum(config))
     stack, moments = grown[0][0], lasting["embedding"][1][0].mu
     matrices = [stack["mlp"]["up"]["kernel"], stack["attention"]["key"]["kernel"], lasting["head"][0]["table"]]
     return {"matrices": shares(matrices), "vectors": shares(stack["mlp_norm"]), "moments": shares(moments)}

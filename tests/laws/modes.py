@@ -24,7 +24,11 @@ MODES: dict[str, dict[str, Any]] = {
         "training__execution": "chained",
     },
     "one late expansion, copied": {**_FULL, "training__growth__sizes": "late", "training__growth__operator": "copy"},
-    "doubling, interleaved": {**_FULL, "training__growth__sizes": "doubling", "training__growth__operator": "interleave"},
+    "doubling, interleaved": {
+        **_FULL,
+        "training__growth__sizes": "doubling",
+        "training__growth__operator": "interleave",
+    },
     "doubling, adding nothing": {
         **_FULL,
         "training__growth__sizes": "1,2,4",

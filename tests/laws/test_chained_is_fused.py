@@ -10,8 +10,8 @@ import pytest
 
 from stackwise_jax.models.rack import init_rack
 from stackwise_jax.train.chained import ChainedGradients, make_chained_step
-from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.optimizer import init_part, make_transforms
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.train.step import Program, make_gradients, make_train_step
 from stackwise_jax.types import Batch, Params, Vocabulary
@@ -93,7 +93,14 @@ def test_chained_step_is_fused_step(tiny: Any) -> None:
         state = TrainState(params, {name: init_part(transforms, name, part) for name, part in params.items()})
         execution = dataclasses.replace(signature, execution="chained")
         results.append(
-            make(program, execution)(state, frozen, batch, x, np.full(len(live) - 1 + len(live["stacks"]), 0.5, np.float32), np.array(3, np.int32))
+            make(program, execution)(
+                state,
+                frozen,
+                batch,
+                x,
+                np.full(len(live) - 1 + len(live["stacks"]), 0.5, np.float32),
+                np.array(3, np.int32),
+            )
         )
     (fused_state, fused), (chained_state, chained) = results
     for name in fused:

@@ -20,9 +20,9 @@ from stackwise_jax.memory.precision import from_storage
 from stackwise_jax.models.rack import init_rack
 from stackwise_jax.train import loop, scaling
 from stackwise_jax.train.chained import make_chained_step
-from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.health import read_metrics
 from stackwise_jax.train.optimizer import init_part, make_transforms
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.train.step import Program, make_train_step
 from stackwise_jax.train.trained import load_trained

@@ -31,7 +31,9 @@ def test_training_counts_it_and_evaluation_does_not(execution: str, tiny: Any):
     measured, same_weight = make_evaluation(program, SIGNATURE)(rack, frozen, batch, None)
 
     example = program.corrupt(program.task, batch)
-    hidden = apply_rack(rack, example.inputs, program.context(program.task, example, {}), config.model, dtype=jnp.float32)
+    hidden = apply_rack(
+        rack, example.inputs, program.context(program.task, example, {}), config.model, dtype=jnp.float32
+    )
     logits = np.asarray(hidden, np.float64) @ np.asarray(rack["head"]["table"], np.float64).T
     z = 0.1 * np.sum(np.asarray(example.weights) * np.log(np.exp(logits).sum(axis=-1)) ** 2)
     assert float(weight) == float(same_weight)
