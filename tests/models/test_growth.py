@@ -47,7 +47,7 @@ def test_every_place_has_a_source_and_every_old_stack_a_place(operator: str, n: 
         assert (uses, filled.count(None)) == ([1] * n, more)
     else:
         assert set(uses) <= {m // n, math.ceil(m / n)}
-        order = sorted(filled) if operator != "copy" else [i % n for i in range(m)]
+        order = [i % n for i in range(m)] if operator == "copy" else sorted(old for old in filled if old is not None)
         assert list(filled) == order
 
 
