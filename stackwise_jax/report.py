@@ -75,19 +75,18 @@ def _train_and_report(config: RunConfig, workdir: Path) -> None:
 
 def control_config(config: RunConfig, flops: float) -> RunConfig:
     """The same model with one block, trained end to end for as many steps as `flops` allow; at least one."""
-    training, model = config.training, config.model
-    progressive = dataclasses.replace(training.progressive, enabled=False, cache_activations=None)
+    plain = config_lib.without_growth(config)
+    progressive = dataclasses.replace(plain.training.progressive, enabled=False)
+    training = dataclasses.replace(plain.training, mode="end_to_end", phase_budget="1 steps", progressive=progressive)
     control = dataclasses.replace(
-        config,
+        plain,
         name=f"{config.name}_control",
-        model=dataclasses.replace(model, architecture=ArchitectureConfig(n_stacks=1, blocks_per_stack=1)),
-        training=dataclasses.replace(
-            training,
-            mode="end_to_end",
-            head="live",  # nothing is settled before the end, so nothing can be frozen or copied then
-            phase_budget="1 steps",
-            progressive=progressive,
+        model=dataclasses.replace(
+            plain.model,
+            ties_embedding=config.model.ties_embedding,
+            architecture=ArchitectureConfig(n_stacks=1, blocks_per_stack=1),
         ),
+        training=training,
         evaluation=dataclasses.replace(config.evaluation, every_steps=None, ngrams=False, one_block_control=False),
         generation=dataclasses.replace(config.generation, samples=0),
     )
@@ -143,7 +142,7 @@ def table(config: RunConfig, rows: Rows) -> str:
     """The held-out table as text; masked cross-entropy has no bits per byte."""
     is_causal = config.objective.name == "clm"
     title = "held-out" if is_causal else "held-out masked cross-entropy"
-    width = max(len(title), *(len(name) for name, _, _ in rows))
+    width = max(map(len, [title, *(name for name, _, _ in rows)]))
     lines = [f"{title:<{width}}  nats per token" + ("  bits per byte" if is_causal else "")]
     for name, nats, bits in rows:
         lines.append(f"{name:<{width}}  {nats:14.4f}" + ("" if bits is None else f"  {bits:13.4f}"))

@@ -22,8 +22,8 @@ from absl import flags
 
 from stackwise_jax import config as config_lib
 from stackwise_jax.bench.compare_row import RESULT
-from stackwise_jax.bench.overrides import apply_overrides
 from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.overrides import apply_overrides
 from stackwise_jax.schema import RunConfig
 
 REFERENCE = "end_to_end"  # the row whose tokens set the FLOPs of all

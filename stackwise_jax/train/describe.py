@@ -64,6 +64,8 @@ def _phase_line(plan: Plan, index: int) -> str:
 
 def _memory_lines(plan: Plan) -> list[str]:
     """Device memory of the phase that needs most, by what fills it, then host and disk."""
+    if not plan.phases:
+        return [f"host     {readable_bytes(rack_bytes(plan.config))} of settled parts; nothing is trained"]
     largest = max(range(len(plan.phases)), key=lambda index: phase_device_bytes(plan, index).total)
     device = phase_device_bytes(plan, largest)
     parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in dataclasses.asdict(device).items() if count)

@@ -198,7 +198,7 @@ class PartSource:
         """A new stack made from one that is live, with moments made from its moments."""
 
         def make(params: Params, moments: Any) -> tuple[Any, Any]:
-            return grow(params, operator), in_stream(grow_moments(moments, operator), name)
+            return grow(params, operator, self.config.model), in_stream(grow_moments(moments, operator), name)
 
         return self._place.build(make, *source)
 
