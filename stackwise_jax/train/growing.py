@@ -40,7 +40,8 @@ def stages(config: RunConfig, n_stacks: int) -> tuple[Stage, ...]:
         places.insert(0, tuple(places[0][place] for place in kept))
     result = [Stage(places[0], ())]
     for (small, large), old, new in zip(itertools.pairwise(sizes), places, places[1:], strict=False):
-        pairs = zip(new, sources(operator, small, large), strict=True)
+        made_from = [None] * large if prepends else sources(operator, small, large)  # only drawn ones are prepended
+        pairs = zip(new, made_from, strict=True)
         grows = tuple((stack, old[source]) for stack, source in pairs if stack not in old and source is not None)
         result.append(Stage(new, grows))
     return tuple(result)

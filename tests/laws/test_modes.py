@@ -1,6 +1,7 @@
 """Every way of training: it runs to its end, continues exactly, and what it leaves behind is read back as it was."""
 
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 
 from stackwise_jax.train import loop
 from stackwise_jax.train.trained import load_trained
-from tests.laws.modes import MODES
+
+# The modes are those of the small configs, at a size that takes seconds.
+MODES = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "small.py"))["MODES"]
+TINY = {"training.fusion.budget": "6 steps", "training.progressive.rebuild_every": 2, "objective.block_length": 8}
 
 
 class PowerCutError(Exception):
@@ -36,18 +40,30 @@ def leaves(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+def at_tiny_size(mode: dict[str, Any]) -> dict[str, Any]:
+    """Fields for `tiny`: a small config's, with budgets of a few steps and just as many stacks as show the mode."""
+    is_whole = mode.get("training.mode") == "end_to_end" or mode.get("training.progressive.trunk_strategy") == "full"
+    fields = {
+        "training.mode": "layerwise",
+        "training.phase_budget": "9 steps" if is_whole else "3 steps",
+        "training.embedding_budget": "2 steps",
+        "checkpoint.every_steps": 4,
+        "logging.every_steps": 100,
+        "evaluation.rows": 8,
+        **{name: value for name, value in mode.items() if name != "training.phase_budget"},
+        **{name: value for name, value in TINY.items() if name in mode},
+    }
+    if fields.get("training.adapters.ranks"):
+        fields["training.adapters.ranks"] = "2,4,4"
+    return {name.replace(".", "__"): value for name, value in fields.items()}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_trains_continues_and_is_read_back(mode: str, tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    config = tiny(
-        **{"training__phase_budget": "4 steps", "training__embedding_budget": "3 steps", **MODES[mode]},
-        checkpoint__every_steps=3,
-        logging__every_steps=100,
-        evaluation__rows=8,
-    )
+    config = tiny(**at_tiny_size(MODES[mode]))
     whole = loop.run(config, tiny_corpus, tmp_path / "whole", say=lambda _: None)
     n_steps = sum(phase.steps for phase in whole.plan.phases)
-    for stop in (5, n_steps - 1):
-        run_until(config, tiny_corpus, tmp_path / "cut", stop)
+    run_until(config, tiny_corpus, tmp_path / "cut", n_steps - 2)
     continued = loop.run(config, tiny_corpus, tmp_path / "cut", say=lambda _: None)
     for one, other in zip(leaves(continued.rack), leaves(whole.rack), strict=True):
         np.testing.assert_array_equal(one, other)
