@@ -61,14 +61,14 @@ def masked_nats(denoiser: Callable, text: np.ndarray, masked: Sequence[int]) -> 
 
 
 def exact_bound(
-    denoisers: Sequence[Callable], bands: Sequence[Edges], text: np.ndarray, eligible: np.ndarray, *, weight: int = 1
+    denoisers: Sequence[Callable], bands: Sequence[Edges], text: np.ndarray, eligible: np.ndarray, *, weight: float = 1
 ) -> float:
     """The integral over r of r**-weight times the expected loss of a Bernoulli mask, by every mask: the bound at 1.
 
     With n - 1 other places, the integral of r**(m - weight) (1 - r)**(n - m) is a beta function. A mask belongs to the
     band that holds the fraction it masks.
     """
-    places = np.flatnonzero(eligible)
+    places = np.flatnonzero(eligible).tolist()
     n, total = len(places), 0.0
     for m in range(1, n + 1):
         own = next(

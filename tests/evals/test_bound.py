@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,11 @@ from tests.evals.tables import BYTES, MASK, Counting, table
 N = 7
 LOSSES = np.array([0.0, 0.1, 0.5, 0.7, 1.1, 1.2, 1.9, 3.0], np.float32)
 COUNTING = Counting(jnp.array(LOSSES))
-OPTIONS = {"mask_id": MASK, "key": jax.random.key(0), "draws": 420}  # which every number of counts in a band divides
+OPTIONS: dict[str, Any] = {
+    "mask_id": MASK,
+    "key": jax.random.key(0),
+    "draws": 420,
+}  # which every number of counts in a band divides
 WHOLE = ((1e-3, 1.0),)
 
 
@@ -90,7 +95,7 @@ def take(rows: Rows, which: list[int]) -> Rows:
 
 
 def test_a_row_is_measured_alike_in_any_company():
-    rows, options = drawn_rows(6), OPTIONS | {"draws": 3, "piece_bytes": BYTES}
+    rows, options = drawn_rows(6), {**OPTIONS, "draws": 3, "piece_bytes": BYTES}
     together = diffusion_bound([(rows, [table(0)])], WHOLE, **options)
     apart = diffusion_bound(
         [(take(rows, [3, 5, 0]), [table(0)]), (take(rows, [4, 1, 2]), [table(0)])], WHOLE, **options
@@ -104,7 +109,7 @@ def test_a_row_is_measured_alike_in_any_company():
 def test_the_standard_error_is_the_spread_over_draws_and_rows():
     """Over other rows and other masks of them; a row's text does not come twice."""
     rows, denoiser = drawn_rows(1500), table(0)
-    options = OPTIONS | {"draws": 2, "piece_bytes": BYTES}
+    options = {**OPTIONS, "draws": 2, "piece_bytes": BYTES}
     found = [
         diffusion_bound([(take(rows, list(range(at, at + 50))), [denoiser])], WHOLE, **options)
         for at in range(0, 1500, 50)
@@ -116,7 +121,7 @@ def test_the_standard_error_is_the_spread_over_draws_and_rows():
 def test_levels_mask_their_share_and_are_no_bound():
     rows = rows_of_every_length()
     levels = ((0.9, 0.9), (0.5, 0.5), (0.15, 0.15))
-    options = OPTIONS | {"draws": 2}
+    options: dict[str, Any] = {**OPTIONS, "draws": 2}
     found = level_losses([(rows, [COUNTING] * 3)], levels, **options)
     for level, (rate, _) in zip(found, levels, strict=True):
         counts = [math.ceil(rate * n) for n in range(1, N + 1)]

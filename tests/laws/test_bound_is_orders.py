@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,7 +71,11 @@ RACK = dataclasses.replace(
     reading.rack_denoiser(),
     rack={**reading.rack_of(reading.MODEL), "stacks": reading.rack_of(reading.MODEL)["stacks"][:1]},
 )
-OF_RACK = {"mask_id": reading.MASK, "piece_bytes": np.ones(reading.VOCAB, np.int32), "key": jax.random.key(1)}
+OF_RACK: dict[str, Any] = {
+    "mask_id": reading.MASK,
+    "piece_bytes": np.ones(reading.VOCAB, np.int32),
+    "key": jax.random.key(1),
+}
 # Ten places, of which eight are eligible: id 16 is given, as the first place is.
 SENTENCE = np.array([1, 3, 9, 16, 4, 12, 7, 3, 3, 15], np.int32)
 EIGHT = (SENTENCE < 16) & (np.arange(10) > 0)
@@ -104,5 +109,6 @@ def test_bands_of_one_denoiser_add_up_to_the_whole_with_the_same_masks():
     assert sum(band.tokens for band in cut.bands) == whole.bands[0].tokens
     without_widths = sum((band.loss or 0.0) / 0.25 for band in cut.bands)
     assert without_widths != pytest.approx(whole.loss, rel=0.5)
-    other = diffusion_bound([(rows, [RACK] * 4)], quarters, draws=2, **(OF_RACK | {"key": jax.random.key(3)}))
+    anew: dict[str, Any] = {**OF_RACK, "key": jax.random.key(3)}
+    other = diffusion_bound([(rows, [RACK] * 4)], quarters, draws=2, **anew)
     assert other.loss != pytest.approx(whole.loss, rel=1e-5)
