@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from stackwise_jax.command import required_workdir, run_command
 from stackwise_jax.data.corpus import prepare_corpus
@@ -38,11 +38,12 @@ from stackwise_jax.memory.placement import start_backend
 from stackwise_jax.memory.precision import DTYPES
 from stackwise_jax.models.rack import apply_rack, output_table
 from stackwise_jax.objectives.objective import tasks
+from stackwise_jax.objectives.places import eligible_places
 from stackwise_jax.ops.loss import token_losses
 from stackwise_jax.schema import DataConfig, RunConfig
 from stackwise_jax.train.step import make_program
 from stackwise_jax.train.trained import Trained, load_trained
-from stackwise_jax.types import Batch, Params
+from stackwise_jax.types import Batch, Params, Vocabulary
 
 DRAWS = 8  # masks a row and band, where --draws does not say
 EVALUATION_STREAM = 5  # of the run's key (models/rack.py uses 0 to 2, train/step.py 3 and 4)
@@ -232,6 +233,7 @@ def _figures(found: Likelihood, perplexity: str) -> dict[str, float]:
 def _pieces(trained: Trained, batches: Iterable[Batch], depth: Depth | None) -> Iterator[Piece]:
     """Rows whose logits may exist at once, with the run's denoisers for them."""
     config, tokenizer = trained.config, trained.tokenizer
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
     common = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id, "dtype": DTYPES[config.precision.compute]}
     common["shift"] = config.objective.shift
     if depth is None:
@@ -246,21 +248,10 @@ def _pieces(trained: Trained, batches: Iterable[Batch], depth: Depth | None) -> 
         together = max(n for n in range(1, most + 1) if size % n == 0)
         for first in range(0, size, together):
             own = jax.tree.map(lambda leaf, first=first, end=first + together: leaf[first:end], batch)
-            rows = Rows(own.tokens, asked_places(own, tokenizer, shift=config.objective.shift), own.row_ids)
+            eligible = np.asarray(eligible_places(own, vocabulary, shift=config.objective.shift))
+            rows = Rows(own.tokens, eligible, own.row_ids)
             packing = {"segments": own.segments, "positions": own.positions}
             yield rows, tuple(dataclasses.replace(denoiser, **packing) for denoiser in denoisers)
-
-
-def asked_places(batch: Batch, tokenizer: Tokenizer, *, shift: bool) -> Bool[np.ndarray, "B T"]:
-    """Places that masked objectives hide: all but padding and special tokens.
-
-    With `shift` a place is predicted at its left neighbour, so what begins a document of the row is given as well.
-    """
-    asked = (batch.segments > 0) & ~np.isin(batch.tokens, list(tokenizer.special_ids))
-    if shift:
-        asked[:, 0] = False
-        asked[:, 1:] &= batch.segments[:, 1:] == batch.segments[:, :-1]
-    return asked
 
 
 def source_batches(

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from stackwise_jax.evals.likelihood import ratio_error
 from stackwise_jax.generate.reveal import Denoiser
 from stackwise_jax.objectives.masks import uniform_scores
+from stackwise_jax.objectives.rates import low_discrepancy_units
 from stackwise_jax.types import AnyArray, Key
 
 FLOOR = 1e-3  # the lowest edge may be as high: training stops there, and below it the lightest band's denoiser serves
@@ -35,7 +36,6 @@ Edges = tuple[float, float]
 
 # Streams of the key: where a row's draws lie inside their strata, and what each of them masks.
 _PLACES, _SCORES = 0, 1
-_GOLDEN = 2654435769  # 2**32 over the golden ratio: the additive recurrence of lowest discrepancy (Knuth, TAOCP 3, 6.4)
 
 
 @jax.tree_util.register_dataclass
@@ -237,7 +237,9 @@ def _band_sums(
     held = places_at(high, n) - below  # counts that the band holds: its width, times n
     # A level, which is a band without width, masks the count just above it.
     level = jnp.clip(jnp.ceil(high * (n * (1.0 - 2.0**-22))).astype(jnp.int32), jnp.minimum(n, 1), n)
-    offsets = _offsets(jax.random.fold_in(key, _PLACES), rows.row_ids)
+    # Where inside its strata, in (0, 1], a row draws: evenly spread over rows.
+    place_key = jax.random.fold_in(key, _PLACES)
+    offsets = low_discrepancy_units(place_key, rows.row_ids, jnp.zeros_like(n), n_rows=1, draws=1)[:, 0]
     tokens = jnp.asarray(rows.tokens)
 
     def one_draw(draw: Array) -> tuple[Array, Array, Array]:
@@ -266,10 +268,3 @@ def target_losses(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Fl
     """-log softmax(logits)[target] of every place."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def _offsets(key: Key, row_ids: Int[AnyArray, "B"]) -> Float[Array, "B"]:
-    """Where in its stratum, in (0, 1], a row draws: hash(key) + golden ratio * row, modulo 1."""
-    start = jax.random.bits(key, dtype=jnp.uint32)
-    sequence = start + jnp.uint32(_GOLDEN) * jnp.asarray(row_ids).astype(jnp.uint32)
-    return 1.0 - (sequence >> 8).astype(jnp.float32) / float(2**24)
