@@ -24,7 +24,7 @@ def reading_attention(config: RunConfig, sampler: str) -> str:
 
 def block_length(config: RunConfig) -> int | None:
     """Places of a block, of samplers that unmask in blocks; None: all places together."""
-    own = config.objective.block_length if config.objective.name == "block_diffusion" else None
+    own = config.objective.block_length if "block_diffusion" in objective_names(config) else None
     return config.generation.block_length or own
 
 
