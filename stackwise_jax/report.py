@@ -19,6 +19,7 @@ from stackwise_jax import config as config_lib
 from stackwise_jax.data.corpus import Corpus, Split, prepare_corpus
 from stackwise_jax.data.pipeline import validation_batches
 from stackwise_jax.evals.ngram import Pairs, ngram_scores
+from stackwise_jax.generate.depth import depth_of
 from stackwise_jax.generate.texts import continue_texts, printable
 from stackwise_jax.memory import processes
 from stackwise_jax.memory.placement import make_placement
@@ -27,9 +28,11 @@ from stackwise_jax.train import loop
 from stackwise_jax.train.folder import refuse_foreign
 from stackwise_jax.train.plan import make_plan
 from stackwise_jax.train.step import make_program
+from stackwise_jax.train.trained import read_tap
 
 CONTROL_FOLDER = "control_one_block"
 PIECE_ROWS = 4096
+TITLES = {"clm": "held-out", "mlm": "held-out masked cross-entropy", "diffusion": "held-out diffusion loss"}
 Rows = list[tuple[str, float, float | None]]
 """Lines of the table: what, nats per token, bits per byte or None."""
 
@@ -139,9 +142,9 @@ def training_pairs(split: Split, *, isolate_documents: bool) -> Iterator[Pairs]:
 
 
 def table(config: RunConfig, rows: Rows) -> str:
-    """The held-out table as text; masked cross-entropy has no bits per byte."""
+    """The held-out table as text; what is no likelihood has no bits per byte."""
     is_causal = config.objective.name == "clm"
-    title = "held-out" if is_causal else "held-out masked cross-entropy"
+    title = TITLES.get(config.objective.name, "held-out loss")
     width = max(map(len, [title, *(name for name, _, _ in rows)]))
     lines = [f"{title:<{width}}  nats per token" + ("  bits per byte" if is_causal else "")]
     for name, nats, bits in rows:
@@ -153,7 +156,8 @@ def print_samples(config: RunConfig, corpus: Corpus, result: loop.Result) -> Non
     """Prints `config.generation.samples` continuations of the config's prompt, and how different several are."""
     prompt = config.generation.prompt
     prompts = [prompt] * config.generation.samples
-    samples = continue_texts(result.rack, config, corpus.tokenizer, prompts, seed=config.seed)
+    depth = depth_of(config, result.rack, functools.partial(read_tap, config, result.taps))
+    samples = continue_texts(result.rack, config, corpus.tokenizer, prompts, seed=config.seed, depth=depth)
     for number, sample in enumerate(samples.rows, start=1):
         print(f"\n--- sample {number} of {len(samples.rows)}, prompt {prompt!r}")
         print(printable(sample.text))

@@ -1,19 +1,37 @@
 """How a run can be read, and what must fit together in `generation`."""
 
 from stackwise_jax.checks.choices import require
+from stackwise_jax.checks.model import objective_names
 from stackwise_jax.schema import RunConfig
 
 
 def samplers(config: RunConfig) -> tuple[str, ...]:
     """How a run can be read, its default first; `generation.sampler` chooses among them."""
-    if config.objective.name == "clm":
-        return ("autoregressive",)
-    return ("denoise",) if config.model.attention == "causal" else ("denoise", "blocks")
+    names = sorted(objective_names(config), key=lambda name: name != "clm")
+    unmasking = ("denoise", "blocks")
+    if config.objective.time in ("depth", "depth_input") or reading_attention(config, "denoise") == "causal":
+        unmasking = ("denoise",)
+    ways = {"clm": ("autoregressive",), "prefix": ("autoregressive",), "block_diffusion": ("blocks", "denoise")}
+    return tuple(dict.fromkeys(way for name in names for way in ways.get(name, unmasking)))
+
+
+def reading_attention(config: RunConfig, sampler: str) -> str:
+    """The attention under which a sampler reads a run, which may have been trained under several."""
+    if sampler == "autoregressive":
+        return "causal"
+    return config.model.attention if config.objective.name in ("mlm", "diffusion") else "bidirectional"
+
+
+def block_length(config: RunConfig) -> int | None:
+    """Places of a block, of samplers that unmask in blocks; None: all places together."""
+    own = config.objective.block_length if "block_diffusion" in objective_names(config) else None
+    return config.generation.block_length or own
 
 
 def check_generation(config: RunConfig) -> None:
     generation, possible = config.generation, samplers(config)
     run = f"objective.name={config.objective.name!r}, model.attention={config.model.attention!r}"
+    run += "" if config.objective.time == "none" else f", objective.time={config.objective.time!r}"
     require(
         generation.sampler in ("auto", *possible),
         f"generation.sampler={generation.sampler!r} cannot read this run ({run}); it can be read by: "
@@ -35,6 +53,6 @@ def check_generation(config: RunConfig) -> None:
         f"{generation.order!r} and {generation.remask}",
     )
     require(
-        sampler != "blocks" or generation.block_length is not None,
+        sampler != "blocks" or block_length(config) is not None,
         "generation.sampler='blocks' needs generation.block_length; give the number of places of a block",
     )

@@ -50,6 +50,7 @@ from stackwise_jax.train.state import (
     untie_head,
 )
 from stackwise_jax.train.step import make_program
+from stackwise_jax.train.trained import tap_folders
 from stackwise_jax.train.trunk import TrunkInputs, cache_tier, make_cache_store, shard_folder
 from stackwise_jax.train.watched import open_folder
 from stackwise_jax.types import Params
@@ -133,7 +134,7 @@ class Run:
                 self.writer.close()
                 self.inputs.release()
         rack = self.frozen.rack(self.config.training.adapters.alpha)
-        return Result(self.plan, rack, self.position.held_out)
+        return Result(self.plan, rack, self.position.held_out, tap_folders(self.folder.path, self.references["taps"]))
 
     def _warn(self, text: str) -> None:
         self.progress.say(f"warning: {text}")

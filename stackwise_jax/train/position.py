@@ -1,6 +1,7 @@
 """Where a run stands, and what a finished one is."""
 
 import dataclasses
+from pathlib import Path
 
 from stackwise_jax.train.plan import Plan
 from stackwise_jax.types import Params
@@ -19,11 +20,12 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished run: the plan, the finished rack, and the held-out figures after every phase."""
+    """A finished run: its plan and rack, the held-out figures after every phase, and the folders of tapped heads."""
 
     plan: Plan
     rack: Params
     held_out: dict[str, dict[str, float]]
+    taps: dict[int, Path]
 
 
 def no_references() -> dict[str, dict[str, str]]:
