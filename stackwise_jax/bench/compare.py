@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from absl import flags
@@ -64,13 +65,19 @@ def main(options: Any) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
 
-    def run(number: int, name: str) -> tuple[str, dict[str, Any]]:
+    slots: SimpleQueue[int] = SimpleQueue()
+    for slot in range(options.jobs):
+        slots.put(slot)
+
+    def run(name: str) -> tuple[str, dict[str, Any]]:
         print(f"{name} ...", flush=True)
-        row = run_row(configs[name], workdir / name, timeout_seconds=60 * options.minutes, device=number)
+        slot = slots.get()
+        row = run_row(configs[name], workdir / name, timeout_seconds=60 * options.minutes, device=slot)
+        slots.put(slot)
         return name, row
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done in as_completed([pool.submit(run, number, name) for number, name in enumerate(configs)]):
+        for done in as_completed([pool.submit(run, name) for name in configs]):
             name, row = done.result()
             found[name] = row
             ordered = {name: found[name] for name in configs if name in found}
