@@ -1,4 +1,4 @@
-"""A curriculum is a list of phases. Every training mode is built here and in `train/paths.py`, and nowhere else."""
+"""A curriculum is a list of phases. Every training mode is built here and in `train/growing.py`, and nowhere else."""
 
 import dataclasses
 import itertools
@@ -62,12 +62,15 @@ def band_edges(config: RunConfig) -> tuple[tuple[float, float], ...]:
 
 def _refuse_cache(config: RunConfig, phases: Sequence[Phase]) -> None:
     """UserError that says why nothing can be cached."""
-    reason = unshared(config) or next(
-        filter(None, (uncachable(phase.main) for phase in reversed(phases))), "it is empty"
-    )
+    found = ((phase, reason) for phase in reversed(phases) if (reason := uncachable(phase.main)))
+    phase, reason = next(found, (phases[-1], "it is empty"))
+    remedy = "set it to False or None"
+    if (shared := unshared(config)) is not None:
+        phase, reason = phases[-1], shared
+    else:
+        remedy += ", or let a rack grow left to right over a frozen trunk"
     raise UserError(
-        f"training.progressive.cache_activations=True, but phase {phases[-1].name} cannot be cached: {reason}; "
-        "set it to False or None, or choose a mode that grows a stack per phase"
+        f"training.progressive.cache_activations=True, but phase {phase.name} cannot be cached: {reason}; {remedy}"
     )
 
 

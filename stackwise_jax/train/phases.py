@@ -203,8 +203,8 @@ def uncachable(branch: Branch) -> str | None:
         return "its frozen prefix is empty (the embedding is live), so every update changes what a cache would hold"
     if not branch.path:
         return "its path has no stack"
-    if branch.tail:
-        return "its frozen stacks are a tail: every update of the live stack before it changes what a cache would hold"
+    if branch.tail or (branch.body and branch.body[0][1] is Role.LIVE and branch.adapter_stacks):
+        return "its settled stacks are a tail: every update of the live stack before it changes what a cache would hold"
     if branch.body and branch.body[0][1] is Role.ADAPTER:
         return "its trunk is trained through adapters, so every update changes what a cache would hold"
     return None

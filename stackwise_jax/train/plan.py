@@ -14,7 +14,7 @@ from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
-from stackwise_jax.train.phases import Branch, Phase, Role, Signature, signature, stack_sizes
+from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature, signature, stack_sizes
 
 Count = Callable[[weights.Table], int]
 
@@ -209,6 +209,29 @@ def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
         activations=budget.activation_bytes(config, deepest),
         cache=_cache_bytes_on_device(plan) if phase.cached else 0,
     )
+
+
+def shelf_bytes(plan: Plan) -> int:
+    """The most bytes of weights and moments that are laid aside at once, of parts that a later phase trains again."""
+    config, lying, most = plan.config, dict[Name, int](), 0
+    for phase, signatures in zip(plan.phases, plan.signatures, strict=True):
+        lying = {name: count for name, count in lying.items() if name not in phase.live_names}
+        for name in phase.shelves:
+            live, in_stacks = _part_parameters(config, name, signatures[0])
+            own, _ = budget.weight_and_gradient_bytes(config, live=live, live_in_stacks=in_stacks)
+            lying[name] = own + budget.optimizer_bytes(config, live=live, live_in_stacks=in_stacks)
+        most = max(most, sum(lying.values()))
+    return most
+
+
+def _part_parameters(config: RunConfig, name: Name, sig: Signature) -> tuple[int, int]:
+    """(all, of these in stacks) parameters of a part."""
+    if isinstance(name, int):
+        blocks = stack_sizes(config)[name] * budget.block_parameters(config.model)
+        return blocks, blocks
+    if name == "embedding":
+        return weights.count(weights.embedding_table(config.model)), 0
+    return weights.count(weights.head_table(config.model, tied=not sig.head_has_table)), 0
 
 
 def _gathered_bytes(config: RunConfig) -> int:
