@@ -151,6 +151,15 @@ class Phase:
             first.setdefault((branch.task, branch.band), index)
         return tuple(first.values())
 
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """What people call its branches: by band or task; an anchor is the second of both."""
+        names: list[str] = []
+        for number, branch in enumerate(self.branches):
+            own = branch.task.objective if branch.band is None else f"band_{number}"
+            names.append(f"{own}_anchor" if own in names else own)
+        return tuple(names)
+
     def rate(self, name: Name) -> float:
         """Learning-rate factor of a part."""
         return dict(self.rates).get(name, 1.0)

@@ -136,7 +136,7 @@ def _adapter_parameters(config: RunConfig, sig: Signature) -> int:
 
 
 def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, layout: ChunkLayout | None) -> float:
-    """Advancing the cache to the phase after `phases[index]`, and refilling it in that phase for every new window."""
+    """Filling the cache for `phases[index]`, where it is the first and for every new window, and advancing it after."""
     if layout is None:
         return 0.0
     sizes = stack_sizes(config)
@@ -144,7 +144,8 @@ def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, layout
     per_block = tokens * budget.block_forward_flops(config.model, config.data.seq_len)
     own = phases[index]
     trunk = next((branch.trunk for branch in own.branches if branch.cached), ())
-    blocks = sum(sizes[stack] for stack in trunk) * refills(config, phases, index, layout)
+    filled = refills(config, phases, index, layout) + (index == 0)  # a first phase has a trunk in fused racks alone
+    blocks = sum(sizes[stack] for stack in trunk) * filled
     if index + 1 < len(phases) and phases[index + 1].cached:
         following = phases[index + 1].main
         grown = own.cached and own.main.band == following.band and not set(own.live_stacks) & set(trunk)

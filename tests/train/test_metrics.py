@@ -69,7 +69,7 @@ def test_a_log_file_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypat
     rates = {"tokens_per_second": 1234.0, "data_share": 0.5, "eta_seconds": 60.0}
     for step in range(20):
         now[0] += 1.0
-        progress.show("stack_0001", step, 20, 2.0, rates)
+        progress.show("stack_0001", step, 20, {"clm": 2.0}, rates)
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 4
     assert shown[0].startswith("stack_0001 0/20  loss 2.000  1.23k tok/s  eta 1m00s  mem ")
