@@ -66,7 +66,7 @@ def _train_and_report(config: RunConfig, workdir: Path) -> None:
         label = f"control: one block end to end, {control.training.phase_budget}"
         rows += [(label, nats, bits) for _, nats, bits in _held_out_rows(control_result.held_out)[:1]]
     print()
-    print(table(config, rows))
+    print(table(config, rows) if rows else "assembled; nothing was trained, and nothing measured yet")
     if config.generation.samples:
         print_samples(config, corpus, result)
     folder = shlex.quote(str(workdir))

@@ -207,8 +207,8 @@ def _unit_branches(
     own = tuple((stack, LIVE) for stack in unit)
     after = () if appends else tuple((stack, settled) for stack in range(unit[-1] + 1, n_stacks))
     after += tuple((stack, LIVE) for stack in last)
-    # A tail voids every cache, so a rack that grows one keeps none, not even for its first phase.
-    caches = unshared(config) is None and (appends or len(unit) == n_stacks)
+    # A tail voids every cache and so do adapters: such a rack keeps none, not even for its first phase.
+    caches = unshared(config) is None and ((appends and settled is FROZEN) or len(unit) == n_stacks)
     every = progressive.anchor_every if len(before) else None
     branches = []
     for task, share in _tasks(config):
@@ -273,7 +273,7 @@ def _fusion(config: RunConfig) -> list[Phase]:
         roles = [FROZEN] * (n_stacks - own) + [ADAPTER if adapts else LIVE] * own
         path = tuple(enumerate(roles))
         embedding = LIVE if fusion.embedding == "live" and own == n_stacks else FROZEN
-        caches = unshared(config) is None
+        caches = unshared(config) is None and own < n_stacks  # the embedding alone is computed as fast as it is read
         branches = tuple(
             _branch(config, path, task, share, embedding=embedding, head=head, caches=caches)
             for task, share in _tasks(config)

@@ -27,9 +27,7 @@ def describe(plan: Plan) -> str:
         f"rows     {plan.rows if plan.rows is not None else 'known when the corpus is prepared'} "
         f"of {config.data.seq_len} tokens; {plan.tokens_per_step} tokens a step",
         "",
-        f"{'phase':<{_name_width(plan)}} {'steps':>7} {'tokens':>8} {'FLOPs':>8} {'live':>8}  path and rules",
         *_phase_lines(plan),
-        "",
         *_memory_lines(plan),
         *_cache_lines(plan),
         "",
@@ -41,20 +39,23 @@ def describe(plan: Plan) -> str:
 
 
 def _name_width(plan: Plan) -> int:
-    return max(12, *(len(phase.name) for phase in plan.phases), 0)
+    return max(12, *(len(phase.name) for phase in plan.phases))
 
 
 def _phase_lines(plan: Plan) -> list[str]:
-    """A line a phase; of a long run of phases with one signature the first two and the last."""
-    lines = []
+    """The table of phases, a line each; of a long run of phases with one signature the first two and the last."""
+    if not plan.phases:
+        return []
+    width = _name_width(plan)
+    lines = [f"{'phase':<{width}} {'steps':>7} {'tokens':>8} {'FLOPs':>8} {'live':>8}  path and rules"]
     for _, group in itertools.groupby(range(len(plan.phases)), key=lambda index: plan.signatures[index]):
         run = list(group)
         shown = run if len(run) <= LONGEST_RUN_SHOWN else [*run[:2], run[-1]]
         for index in shown:
             if index == run[-1] and len(shown) < len(run):
-                lines.append(f"{'...':<{_name_width(plan)}} {len(run) - len(shown)} more phases like these")
+                lines.append(f"{'...':<{width}} {len(run) - len(shown)} more phases like these")
             lines.append(_phase_line(plan, index))
-    return lines
+    return [*lines, ""]
 
 
 def _phase_line(plan: Plan, index: int) -> str:
@@ -72,7 +73,10 @@ def _memory_lines(plan: Plan) -> list[str]:
         return [f"host     {readable_bytes(rack_bytes(plan.config))} of settled parts; nothing is trained"]
     largest = max(range(len(plan.phases)), key=lambda index: phase_device_bytes(plan, index).total)
     device = phase_device_bytes(plan, largest)
-    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in dataclasses.asdict(device).items() if count)
+    counts = dataclasses.asdict(device)
+    if plan.config.mesh.fsdp == 1:
+        counts["decoded"] = counts.pop("gathered")
+    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in counts.items() if count)
     if plan.rows is None and any(phase.cached for phase in plan.phases):
         parts += "; and the cache, known when the corpus is prepared or data.max_rows is set"
     rack = readable_bytes(rack_bytes(plan.config))

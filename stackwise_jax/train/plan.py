@@ -148,7 +148,8 @@ def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, layout
     blocks = sum(sizes[stack] for stack in trunk) * filled
     if index + 1 < len(phases) and phases[index + 1].cached:
         following = phases[index + 1].main
-        grown = own.cached and own.main.band == following.band and not set(own.live_stacks) & set(trunk)
+        goes_on = own.cached and following.trunk[: len(trunk)] == trunk
+        grown = goes_on and own.main.band == following.band and not set(own.live_stacks) & set(trunk)
         passed = [stack for stack in following.trunk if not (grown and stack in trunk)]
         blocks += sum(sizes[stack] for stack in passed)
     return blocks * per_block
