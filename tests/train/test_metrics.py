@@ -130,3 +130,8 @@ def test_a_full_disk_ends_tensorboard_files_only(
     assert capsys.readouterr().err == (
         "warning: TensorBoard files end at step 1: No space left on device; metrics.jsonl goes on\n"
     )
+
+
+def test_branches_that_take_turns_are_shown_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(total_flops=1.0, peak=None).show("bands", 4, 20, {"band_0": 2.5, "band_1": 2.0}, {})
+    assert capsys.readouterr().err.startswith("bands 4/20  loss band_0 2.500, band_1 2.000  mem ")
