@@ -62,16 +62,14 @@ def band_edges(config: RunConfig) -> tuple[tuple[float, float], ...]:
 
 def _refuse_cache(config: RunConfig, phases: Sequence[Phase]) -> None:
     """UserError that says why nothing can be cached."""
-    found = ((phase, reason) for phase in reversed(phases) if (reason := uncachable(phase.main)))
-    phase, reason = next(found, (phases[-1], "it is empty"))
+    found = ((f"phase {phase.name}", reason) for phase in reversed(phases) if (reason := uncachable(phase.main)))
+    what, reason = next(found, ("a rack that is only assembled", "nothing is trained"))
     remedy = "set it to False or None"
-    if (shared := unshared(config)) is not None:
-        phase, reason = phases[-1], shared
+    if phases and (shared := unshared(config)) is not None:
+        what, reason = f"phase {phases[-1].name}", shared
     else:
         remedy += ", or let a rack grow left to right over a frozen trunk"
-    raise UserError(
-        f"training.progressive.cache_activations=True, but phase {phase.name} cannot be cached: {reason}; {remedy}"
-    )
+    raise UserError(f"training.progressive.cache_activations=True, but {what} cannot be cached: {reason}; {remedy}")
 
 
 def unshared(config: RunConfig) -> str | None:
@@ -207,7 +205,7 @@ def _unit_branches(
     own = tuple((stack, LIVE) for stack in unit)
     after = () if appends else tuple((stack, settled) for stack in range(unit[-1] + 1, n_stacks))
     after += tuple((stack, LIVE) for stack in last)
-    # A tail voids every cache and so do adapters: such a rack keeps none, not even for its first phase.
+    # A tail or adapters void every cache, so a rack that grows such keeps none, not even for its first phase.
     caches = unshared(config) is None and ((appends and settled is FROZEN) or len(unit) == n_stacks)
     every = progressive.anchor_every if len(before) else None
     branches = []

@@ -140,6 +140,15 @@ class Phase:
         return (*(name for name in ("embedding", "head") if name in every), *self.live_stacks)
 
     @property
+    def branch_names(self) -> tuple[str, ...]:
+        """What people call its branches: by band or task; an anchor is the second of both."""
+        names: list[str] = []
+        for number, branch in enumerate(self.branches):
+            own = branch.task.objective if branch.band is None else f"band_{number}"
+            names.append(f"{own}_anchor" if own in names else own)
+        return tuple(names)
+
+    @property
     def cached(self) -> bool:
         return any(branch.cached for branch in self.branches)
 
@@ -150,15 +159,6 @@ class Phase:
         for index, branch in enumerate(self.branches):
             first.setdefault((branch.task, branch.band), index)
         return tuple(first.values())
-
-    @property
-    def branch_names(self) -> tuple[str, ...]:
-        """What people call its branches: by band or task; an anchor is the second of both."""
-        names: list[str] = []
-        for number, branch in enumerate(self.branches):
-            own = branch.task.objective if branch.band is None else f"band_{number}"
-            names.append(f"{own}_anchor" if own in names else own)
-        return tuple(names)
 
     def rate(self, name: Name) -> float:
         """Learning-rate factor of a part."""
