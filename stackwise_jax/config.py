@@ -2,7 +2,7 @@
 
 A person edits the locked `ConfigDict` that `default()` returns (in `configs/*.py` or by
 `--config.model.d_model=512`); the code reads the frozen `RunConfig` of `schema.py` that `resolve()` builds from it.
-`resolve()` is the only way to a `RunConfig`; what it refuses stands in `checks.py`. Nothing heavy is imported, so that
+`resolve()` is the only way to a `RunConfig`; what it refuses stands in `checks/`. Nothing heavy is imported, so that
 `--help` and a config error answer at once.
 """
 

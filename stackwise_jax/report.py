@@ -64,9 +64,9 @@ def _train_and_report(config: RunConfig, workdir: Path) -> None:
         print("the control: one block, end to end, at equal FLOPs", file=sys.stderr, flush=True)
         control_result = loop.run(control, corpus, workdir / CONTROL_FOLDER, say=lambda _: None)
         label = f"control: one block end to end, {control.training.phase_budget}"
-        rows += [(label, nats, bits) for _, nats, bits in _held_out_rows(control_result.held_out)]
+        rows += [(label, nats, bits) for _, nats, bits in _held_out_rows(control_result.held_out)[:1]]
     print()
-    print(table(config, rows))
+    print(table(config, rows) if rows else "assembled; nothing was trained, and nothing measured yet")
     if config.generation.samples:
         print_samples(config, corpus, result)
     folder = shlex.quote(str(workdir))
@@ -166,4 +166,10 @@ def print_samples(config: RunConfig, corpus: Corpus, result: loop.Result) -> Non
 
 
 def _held_out_rows(held_out: Mapping[str, Mapping[str, float]]) -> Rows:
-    return [(phase, figures["loss"], figures.get("bits_per_byte")) for phase, figures in held_out.items()]
+    """A line a phase and, where it asks several things, one for each of them."""
+    rows: Rows = []
+    for phase, figures in held_out.items():
+        rows.append((phase, figures["loss"], figures.get("bits_per_byte")))
+        parts = {name: value for name, value in figures.items() if name not in ("loss", "bits_per_byte")}
+        rows += [(f"  {name}", value, None) for name, value in parts.items()]
+    return rows

@@ -24,17 +24,20 @@ RANK_PATTERNS = ("constant", "increasing", "decreasing")
 
 
 def require(holds: bool, message: str) -> None:
+    """Refuses a config with a message, unless something holds."""
     if not holds:
         raise UserError(message)
 
 
 def one_of(field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuses a value that is none of those allowed; suggests the nearest."""
     if value not in allowed:
         names = ", ".join(map(str, allowed))
         raise UserError(f"{field}={value!r} must be one of: {names}.{did_you_mean(str(value), map(str, allowed))}")
 
 
 def check_choices(config: RunConfig) -> None:
+    """Every field that has a list of choices holds one of them."""
     model, training = config.model, config.training
     choices: dict[str, tuple[Any, tuple[str, ...]]] = {
         "model.norm": (model.norm, ("rmsnorm", "layernorm")),

@@ -6,6 +6,7 @@ from stackwise_jax.schema import RunConfig
 
 
 def check_data(config: RunConfig) -> None:
+    """Sources, splits and rows."""
     data = config.data
     weighted_sources(data.source)
     if data.validation_source:
@@ -21,6 +22,7 @@ def check_data(config: RunConfig) -> None:
 
 
 def check_mesh(config: RunConfig) -> None:
+    """Devices and processes."""
     mesh, training = config.mesh, config.training
     devices, sizes = mesh.n_devices, f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp} must divide"
     rows = training.batch_size // training.accumulation_steps

@@ -29,6 +29,7 @@ def block_length(config: RunConfig) -> int | None:
 
 
 def check_generation(config: RunConfig) -> None:
+    """The sampler fits the run, and its fields fit the sampler."""
     generation, possible = config.generation, samplers(config)
     run = f"objective.name={config.objective.name!r}, model.attention={config.model.attention!r}"
     run += "" if config.objective.time == "none" else f", objective.time={config.objective.time!r}"

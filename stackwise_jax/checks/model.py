@@ -7,6 +7,7 @@ from stackwise_jax.schema import RunConfig
 
 
 def check_model(config: RunConfig) -> None:
+    """The block, and the attention that the objective needs."""
     model, objective = config.model, config.objective
     heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
     d_head, max_positions = typing.cast(int, model.d_head), typing.cast(int, model.max_positions)

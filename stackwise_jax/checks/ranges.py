@@ -38,6 +38,8 @@ _FRACTIONS = (
 
 
 def check_ranges(config: RunConfig) -> None:
+    """Every number lies in its range."""
+
     def value_of(field: str) -> Any:
         value: Any = config
         for part in field.split("."):

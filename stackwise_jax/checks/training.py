@@ -9,6 +9,7 @@ from stackwise_jax.schema import AdapterConfig, RunConfig
 
 
 def check_training(config: RunConfig) -> None:
+    """Budgets, batches, head and schedule."""
     model, training, optimizer = config.model, config.training, config.optimizer
     for field in ("phase_budget", "embedding_budget"):
         budget_steps(getattr(training, field), 1, field=f"training.{field}")
@@ -124,6 +125,7 @@ def check_fusion(config: RunConfig) -> None:
 
 
 def check_adapters(config: RunConfig) -> None:
+    """Maps and ranks of adapters, and whether they can be merged."""
     adapters = config.training.adapters
     for name in adapters.targets.split(","):
         one_of("training.adapters.targets", name.strip(), ("all", *LINEAR_MAPS))

@@ -1,4 +1,4 @@
-"""A curriculum is a list of phases. Every training mode is built here and in `train/paths.py`, and nowhere else."""
+"""A curriculum is a list of phases. Every training mode is built here and in `train/growing.py`, and nowhere else."""
 
 import dataclasses
 import itertools
@@ -62,13 +62,14 @@ def band_edges(config: RunConfig) -> tuple[tuple[float, float], ...]:
 
 def _refuse_cache(config: RunConfig, phases: Sequence[Phase]) -> None:
     """UserError that says why nothing can be cached."""
-    reason = unshared(config) or next(
-        filter(None, (uncachable(phase.main) for phase in reversed(phases))), "it is empty"
-    )
-    raise UserError(
-        f"training.progressive.cache_activations=True, but phase {phases[-1].name} cannot be cached: {reason}; "
-        "set it to False or None, or choose a mode that grows a stack per phase"
-    )
+    found = ((f"phase {phase.name}", reason) for phase in reversed(phases) if (reason := uncachable(phase.main)))
+    what, reason = next(found, ("a rack that is only assembled", "nothing is trained"))
+    remedy = "set it to False or None"
+    if phases and (shared := unshared(config)) is not None:
+        what, reason = f"phase {phases[-1].name}", shared
+    else:
+        remedy += ", or let a rack grow left to right over a frozen trunk"
+    raise UserError(f"training.progressive.cache_activations=True, but {what} cannot be cached: {reason}; {remedy}")
 
 
 def unshared(config: RunConfig) -> str | None:
@@ -204,8 +205,8 @@ def _unit_branches(
     own = tuple((stack, LIVE) for stack in unit)
     after = () if appends else tuple((stack, settled) for stack in range(unit[-1] + 1, n_stacks))
     after += tuple((stack, LIVE) for stack in last)
-    # A tail voids every cache, so a rack that grows one keeps none, not even for its first phase.
-    caches = unshared(config) is None and (appends or len(unit) == n_stacks)
+    # A tail or adapters void every cache, so a rack that grows such keeps none, not even for its first phase.
+    caches = unshared(config) is None and ((appends and settled is FROZEN) or len(unit) == n_stacks)
     every = progressive.anchor_every if len(before) else None
     branches = []
     for task, share in _tasks(config):
@@ -270,7 +271,7 @@ def _fusion(config: RunConfig) -> list[Phase]:
         roles = [FROZEN] * (n_stacks - own) + [ADAPTER if adapts else LIVE] * own
         path = tuple(enumerate(roles))
         embedding = LIVE if fusion.embedding == "live" and own == n_stacks else FROZEN
-        caches = unshared(config) is None
+        caches = unshared(config) is None and own < n_stacks  # the embedding alone is computed as fast as it is read
         branches = tuple(
             _branch(config, path, task, share, embedding=embedding, head=head, caches=caches)
             for task, share in _tasks(config)

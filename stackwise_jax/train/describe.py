@@ -10,7 +10,7 @@ from stackwise_jax.memory.budget import readable_bytes, readable_count
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
 from stackwise_jax.train.phases import Branch, Phase, stack_sizes
-from stackwise_jax.train.plan import Plan, phase_device_bytes, phase_parameters, rack_bytes, refills
+from stackwise_jax.train.plan import Plan, phase_device_bytes, phase_parameters, rack_bytes, refills, shelf_bytes
 
 LONGEST_RUN_SHOWN = 16
 
@@ -27,9 +27,7 @@ def describe(plan: Plan) -> str:
         f"rows     {plan.rows if plan.rows is not None else 'known when the corpus is prepared'} "
         f"of {config.data.seq_len} tokens; {plan.tokens_per_step} tokens a step",
         "",
-        f"{'phase':<12} {'steps':>7} {'tokens':>8} {'FLOPs':>8} {'live':>8}  path and rules",
         *_phase_lines(plan),
-        "",
         *_memory_lines(plan),
         *_cache_lines(plan),
         "",
@@ -40,24 +38,31 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _name_width(plan: Plan) -> int:
+    return max(12, *(len(phase.name) for phase in plan.phases))
+
+
 def _phase_lines(plan: Plan) -> list[str]:
-    """A line a phase; of a long run of phases with one signature the first two and the last."""
-    lines = []
+    """The table of phases, a line each; of a long run of phases with one signature the first two and the last."""
+    if not plan.phases:
+        return []
+    width = _name_width(plan)
+    lines = [f"{'phase':<{width}} {'steps':>7} {'tokens':>8} {'FLOPs':>8} {'live':>8}  path and rules"]
     for _, group in itertools.groupby(range(len(plan.phases)), key=lambda index: plan.signatures[index]):
         run = list(group)
         shown = run if len(run) <= LONGEST_RUN_SHOWN else [*run[:2], run[-1]]
         for index in shown:
             if index == run[-1] and len(shown) < len(run):
-                lines.append(f"{'...':<12} {len(run) - len(shown)} more phases like these")
+                lines.append(f"{'...':<{width}} {len(run) - len(shown)} more phases like these")
             lines.append(_phase_line(plan, index))
-    return lines
+    return [*lines, ""]
 
 
 def _phase_line(plan: Plan, index: int) -> str:
     phase, flops = plan.phases[index], plan.step_flops[index]
     live, _ = phase_parameters(plan.config, phase, plan.signatures[index][0])
     return (
-        f"{phase.name:<12} {phase.steps:>7} {readable_count(phase.steps * plan.tokens_per_step):>8} "
+        f"{phase.name:<{_name_width(plan)}} {phase.steps:>7} {readable_count(phase.steps * plan.tokens_per_step):>8} "
         f"{readable_count(phase.steps * flops):>8} {readable_count(live):>8}  {paths_text(phase)}"
     )
 
@@ -68,14 +73,19 @@ def _memory_lines(plan: Plan) -> list[str]:
         return [f"host     {readable_bytes(rack_bytes(plan.config))} of settled parts; nothing is trained"]
     largest = max(range(len(plan.phases)), key=lambda index: phase_device_bytes(plan, index).total)
     device = phase_device_bytes(plan, largest)
-    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in dataclasses.asdict(device).items() if count)
+    counts = dataclasses.asdict(device)
+    if plan.config.mesh.fsdp == 1:
+        counts["decoded"] = counts.pop("gathered")
+    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in counts.items() if count)
     if plan.rows is None and any(phase.cached for phase in plan.phases):
         parts += "; and the cache, known when the corpus is prepared or data.max_rows is set"
     rack = readable_bytes(rack_bytes(plan.config))
+    shelves = shelf_bytes(plan)
+    aside = f", and up to {readable_bytes(shelves)} laid aside for phases that train it again" if shelves else ""
     each = f"each of {plan.config.mesh.n_devices} " if plan.config.mesh.n_devices > 1 else ""
     return [
         f"device   {each}about {readable_bytes(device.total)} in {plan.phases[largest].name}: {parts}",
-        f"host     {rack} of frozen parts at the end, besides the program",
+        f"host     {rack} of frozen parts at the end{aside}, besides the program",
         f"disk     {rack} of frozen parts at the end, and {plan.config.checkpoint.keep} snapshot(s) of the live state",
     ]
 
@@ -105,11 +115,12 @@ def _cache_lines(plan: Plan) -> list[str]:
 
 
 def paths_text(phase: Phase) -> str:
-    """What a phase trains on what, each branch with its share."""
+    """What a phase trains on what, each branch with its share, and with its task where there are several."""
     texts = []
     for branch in phase.branches:
         share = f"{100 * branch.share:.0f}% " if len(phase.branches) > 1 else ""
-        texts.append(share + _branch_text(branch))
+        task = f"{branch.task.objective} ({branch.task.attention}): "
+        texts.append(share + (task if len({own.task for own in phase.branches}) > 1 else "") + _branch_text(branch))
     made = f"; {len(phase.grows)} new by {phase.operator}" if phase.grows else ""
     return "; ".join(texts) + made
 

@@ -63,6 +63,7 @@ class _Clock:
     logged: int
     data_seconds: float = 0.0
     is_first: bool = True
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)  # the last one of each branch
 
     def restart(self, logged: int) -> None:
         self.logged, self.data_seconds, self.is_first = logged, 0.0, False
@@ -97,6 +98,7 @@ class Run:
         self._signals = StopSignals()
         self._clock = _Clock(0)
         self._pending: tuple[int, dict[str, Array]] | None = None  # metrics of the last step, not read yet
+        self._order = np.zeros(0, np.int64)  # of the branches of the phase
         self._unsaved: list[Part] = []  # frozen parts that the next snapshot brings to the disk
         try:
             self._begin(say)
@@ -202,11 +204,11 @@ class Run:
         return self.state.params["stacks"][live.index(stack)] if stack in live else None
 
     def _train(self, phase: Phase, branches: list[BranchRun]) -> None:
-        order = phase.branch_order()
+        self._order = phase.branch_order()
         self._clock = _Clock(self.position.phase_step)
         self._pause(phase, branches)  # a signal may have come in the middle of the last step's evaluation
         while self.position.phase_step < phase.steps:
-            self._step(phase, branches[order[self.position.phase_step]])
+            self._step(phase, branches[self._order[self.position.phase_step]])
             self._pause(phase, branches)
         self._read_pending(phase)
 
@@ -255,6 +257,7 @@ class Run:
             return
         (done, _), values = self._pending, read_metrics(*self._pending)
         self._pending = None
+        self._clock.losses[phase.branch_names[self._order[done - 1]]] = values["loss"]
         if done % self.config.logging.every_steps == 0 or done == phase.steps:
             self._log(phase, done, values)
 
@@ -266,8 +269,10 @@ class Run:
         if steps:  # the first step of a phase is not timed
             rates = self.progress.measure(flops * steps, self.plan.tokens_per_step * steps, clock.data_seconds)
         clock.restart(done)
+        if len(phase.branches) > 1:  # which take turns: the last update's loss is of one of them
+            values |= {f"loss_{name}": loss for name, loss in clock.losses.items()}
         self.writer.write("train", step, {"phase": phase.name, "phase_step": done, **values, **rates})
-        self.progress.show(phase.name, done, phase.steps, values["loss"], rates)
+        self.progress.show(phase.name, done, phase.steps, clock.losses, rates)
 
     def _evaluate(self, phase: Phase, branches: list[BranchRun]) -> dict[str, float]:
         """Held-out loss of the paths as they stand, in nats per token that is asked for; see `held_out_figures`."""

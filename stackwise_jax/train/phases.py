@@ -140,6 +140,15 @@ class Phase:
         return (*(name for name in ("embedding", "head") if name in every), *self.live_stacks)
 
     @property
+    def branch_names(self) -> tuple[str, ...]:
+        """What people call its branches: by band or task; an anchor is the second of both."""
+        names: list[str] = []
+        for number, branch in enumerate(self.branches):
+            own = branch.task.objective if branch.band is None else f"band_{number}"
+            names.append(f"{own}_anchor" if own in names else own)
+        return tuple(names)
+
+    @property
     def cached(self) -> bool:
         return any(branch.cached for branch in self.branches)
 
@@ -203,8 +212,8 @@ def uncachable(branch: Branch) -> str | None:
         return "its frozen prefix is empty (the embedding is live), so every update changes what a cache would hold"
     if not branch.path:
         return "its path has no stack"
-    if branch.tail:
-        return "its frozen stacks are a tail: every update of the live stack before it changes what a cache would hold"
+    if branch.tail or (branch.body and branch.body[0][1] is Role.LIVE and branch.adapter_stacks):
+        return "its settled stacks are a tail: every update of the live stack before it changes what a cache would hold"
     if branch.body and branch.body[0][1] is Role.ADAPTER:
         return "its trunk is trained through adapters, so every update changes what a cache would hold"
     return None

@@ -14,7 +14,7 @@ from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
-from stackwise_jax.train.phases import Branch, Phase, Role, Signature, signature, stack_sizes
+from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature, signature, stack_sizes
 
 Count = Callable[[weights.Table], int]
 
@@ -60,7 +60,7 @@ class Plan:
     def flops(self) -> float:
         """FLOPs of the whole run."""
         steps = sum(phase.steps * flops for phase, flops in zip(self.phases, self.step_flops, strict=True))
-        return steps + sum(self.pass_flops)
+        return float(steps + sum(self.pass_flops))
 
     @property
     def tokens_per_step(self) -> int:
@@ -136,7 +136,7 @@ def _adapter_parameters(config: RunConfig, sig: Signature) -> int:
 
 
 def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, layout: ChunkLayout | None) -> float:
-    """Advancing the cache to the phase after `phases[index]`, and refilling it in that phase for every new window."""
+    """Filling the cache for `phases[index]`, where it is the first and for every new window, and advancing it after."""
     if layout is None:
         return 0.0
     sizes = stack_sizes(config)
@@ -144,10 +144,12 @@ def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, layout
     per_block = tokens * budget.block_forward_flops(config.model, config.data.seq_len)
     own = phases[index]
     trunk = next((branch.trunk for branch in own.branches if branch.cached), ())
-    blocks = sum(sizes[stack] for stack in trunk) * refills(config, phases, index, layout)
+    fills = refills(config, phases, index, layout) + (index == 0)  # trained stacks, where a run begins with such
+    blocks = sum(sizes[stack] for stack in trunk) * fills
     if index + 1 < len(phases) and phases[index + 1].cached:
         following = phases[index + 1].main
         grown = own.cached and own.main.band == following.band and not set(own.live_stacks) & set(trunk)
+        grown = grown and trunk == following.trunk[: len(trunk)]
         passed = [stack for stack in following.trunk if not (grown and stack in trunk)]
         blocks += sum(sizes[stack] for stack in passed)
     return blocks * per_block
@@ -209,6 +211,29 @@ def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
         activations=budget.activation_bytes(config, deepest),
         cache=_cache_bytes_on_device(plan) if phase.cached else 0,
     )
+
+
+def shelf_bytes(plan: Plan) -> int:
+    """The most bytes of weights and moments that are laid aside at once, of parts that a later phase trains again."""
+    config, lying, most = plan.config, dict[Name, int](), 0
+    for phase, signatures in zip(plan.phases, plan.signatures, strict=True):
+        lying = {name: count for name, count in lying.items() if name not in phase.live_names}
+        for name in phase.shelves:
+            live, in_stacks = _part_parameters(config, name, signatures[0])
+            own, _ = budget.weight_and_gradient_bytes(config, live=live, live_in_stacks=in_stacks)
+            lying[name] = own + budget.optimizer_bytes(config, live=live, live_in_stacks=in_stacks)
+        most = max(most, sum(lying.values()))
+    return most
+
+
+def _part_parameters(config: RunConfig, name: Name, sig: Signature) -> tuple[int, int]:
+    """(all, of these in stacks) parameters of a part."""
+    if isinstance(name, int):
+        blocks = stack_sizes(config)[name] * budget.block_parameters(config.model)
+        return blocks, blocks
+    if name == "embedding":
+        return weights.count(weights.embedding_table(config.model)), 0
+    return weights.count(weights.head_table(config.model, tied=not sig.head_has_table)), 0
 
 
 def _gathered_bytes(config: RunConfig) -> int:
