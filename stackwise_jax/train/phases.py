@@ -156,15 +156,19 @@ class Phase:
         return dict(self.rates).get(name, 1.0)
 
     def branch_order(self) -> np.ndarray:
-        """Which branch each update takes: always the one that is furthest behind its share, so that they interleave."""
+        """Which branch each update takes: always the one that is furthest behind its share, so that they interleave.
+
+        Stretches of one schedule go on where the last one stopped, however short they are.
+        """
         shares = np.array([branch.share for branch in self.branches])
-        done, order = np.zeros(len(shares)), np.zeros(self.steps, np.int64)
+        first = self.schedule[0] if self.schedule else 0
+        done, order = np.zeros(len(shares)), np.zeros(first + self.steps, np.int64)
         if len(shares) > 1:
-            for step in range(self.steps):
+            for step in range(len(order)):
                 # The slack keeps sums of shares from deciding by their rounding.
                 order[step] = int(np.argmax(np.round(shares * (step + 1) - done, 9)))
                 done[order[step]] += 1
-        return order
+        return order[first:]
 
 
 def _union(numbers: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
