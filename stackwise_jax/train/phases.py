@@ -145,10 +145,14 @@ class Phase:
 
     @property
     def measured(self) -> tuple[int, ...]:
-        """Numbers of the branches that are evaluated: the first of each task and band."""
+        """Numbers of the branches that are evaluated: the first of each task and band.
+
+        Not one whose cache holds a trunk that another branch has moved since.
+        """
         first: dict[object, int] = {}
         for index, branch in enumerate(self.branches):
-            first.setdefault((branch.task, branch.band), index)
+            if not (branch.cached and set(branch.trunk) & set(self.live_stacks)):
+                first.setdefault((branch.task, branch.band), index)
         return tuple(first.values())
 
     def rate(self, name: Name) -> float:
