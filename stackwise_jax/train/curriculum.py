@@ -62,11 +62,11 @@ def band_edges(config: RunConfig) -> tuple[tuple[float, float], ...]:
 
 def _refuse_cache(config: RunConfig, phases: Sequence[Phase]) -> None:
     """UserError that says why nothing can be cached."""
-    reason = unshared(config) or next(
-        filter(None, (uncachable(phase.main) for phase in reversed(phases))), "it is empty"
-    )
+    reasons = (uncachable(phase.main) for phase in reversed(phases))
+    reason = unshared(config) or next(filter(None, reasons), "nothing is trained")
+    what = f"phase {phases[-1].name}" if phases else "a rack that is only assembled"
     raise UserError(
-        f"training.progressive.cache_activations=True, but phase {phases[-1].name} cannot be cached: {reason}; "
+        f"training.progressive.cache_activations=True, but {what} cannot be cached: {reason}; "
         "set it to False or None, or choose a mode that grows a stack per phase"
     )
 
@@ -78,6 +78,8 @@ def unshared(config: RunConfig) -> str | None:
         return "its objectives corrupt rows in different ways"
     if objective.name == "block_diffusion":
         return "block diffusion reads every row twice, masked anew at every visit"
+    if progressive.direction == "independent":
+        return "its bands take turns, each from tokens masked at rates of its own"
     if objective.rate_draw == "stratified":
         return "with objective.rate_draw='stratified' a row's mask depends on the batch that it comes in"
     if progressive.anchor_every is not None and progressive.rebuild_every is None:
