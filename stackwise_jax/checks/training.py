@@ -22,7 +22,7 @@ def check_training(config: RunConfig) -> None:
         f"training.accumulation_steps={training.accumulation_steps}",
     )
     require(
-        training.head != "copy" or (model.ties_embedding and training.progressive.enabled),
+        training.head != "copy" or (model.ties_embedding and training.mode in GROWING_MODES),
         "training.head='copy' unties a tied table when the embedding freezes: it needs model.ties_embedding=True "
         f"and a mode that grows, not ties_embedding={model.ties_embedding} with mode={training.mode!r}",
     )
