@@ -116,6 +116,13 @@ def check_fusion(config: RunConfig) -> None:
         fusion.unfreeze_phases <= n_live,
         f"training.fusion.unfreeze_phases={fusion.unfreeze_phases} must be at most the {n_live} live stacks",
     )
+    keeps = training.progressive.trunk_strategy == "qlora" and not training.adapters.merge
+    require(
+        not keeps or (fusion.live == "adapters" and fusion.unfreeze_phases == 1),
+        f"training.fusion.live={fusion.live!r} in {fusion.unfreeze_phases} phase(s) after trunk_strategy='qlora' would "
+        "train stacks without the adapters that they have; set training.adapters.merge=True, or live='adapters' in one "
+        "phase",
+    )
     require(
         training.mode != "end_to_end" and config.objective.time in ("none", "input"),
         "training.fusion.budget asks for a phase after growth in which stacks are trained together; it goes with a "
