@@ -207,8 +207,8 @@ def _unit_branches(
     own = tuple((stack, LIVE) for stack in unit)
     after = () if appends else tuple((stack, settled) for stack in range(unit[-1] + 1, n_stacks))
     after += tuple((stack, LIVE) for stack in last)
-    # A tail voids every cache, so a rack that grows one keeps none, not even for its first phase.
-    caches = unshared(config) is None and (appends or len(unit) == n_stacks)
+    # A tail or adapters void every cache, so a rack that grows such keeps none, not even for its first phase.
+    caches = unshared(config) is None and ((appends and settled is FROZEN) or len(unit) == n_stacks)
     every = progressive.anchor_every if len(before) else None
     branches = []
     for task, share in _tasks(config):
