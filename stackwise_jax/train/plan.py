@@ -144,10 +144,12 @@ def _pass_flops(config: RunConfig, phases: tuple[Phase, ...], index: int, layout
     per_block = tokens * budget.block_forward_flops(config.model, config.data.seq_len)
     own = phases[index]
     trunk = next((branch.trunk for branch in own.branches if branch.cached), ())
-    blocks = sum(sizes[stack] for stack in trunk) * refills(config, phases, index, layout)
+    fills = refills(config, phases, index, layout) + (index == 0)  # trained stacks, where a run begins with such
+    blocks = sum(sizes[stack] for stack in trunk) * fills
     if index + 1 < len(phases) and phases[index + 1].cached:
         following = phases[index + 1].main
         grown = own.cached and own.main.band == following.band and not set(own.live_stacks) & set(trunk)
+        grown = grown and trunk == following.trunk[: len(trunk)]
         passed = [stack for stack in following.trunk if not (grown and stack in trunk)]
         blocks += sum(sizes[stack] for stack in passed)
     return blocks * per_block
