@@ -155,6 +155,20 @@ class Phase:
                 first.setdefault((branch.task, branch.band), index)
         return tuple(first.values())
 
+    @property
+    def newest(self) -> int | None:
+        """The stack that ends with this phase and up to which (or, of a tail, from which) the rack can be read.
+
+        None where stacks are skipped on the way, or the phase ends none.
+        """
+        path = self.main.path
+        stacks = [stack for stack, _ in path]
+        if not path or stacks != list(range(stacks[0], stacks[-1] + 1)):
+            return None
+        appends = stacks[0] == 0 and path[-1][1] is Role.LIVE
+        newest, role = path[-1] if appends else path[0]
+        return newest if role is Role.LIVE and newest in self.settles else None
+
     def rate(self, name: Name) -> float:
         """Learning-rate factor of a part."""
         return dict(self.rates).get(name, 1.0)
