@@ -60,7 +60,7 @@ class Plan:
     def flops(self) -> float:
         """FLOPs of the whole run."""
         steps = sum(phase.steps * flops for phase, flops in zip(self.phases, self.step_flops, strict=True))
-        return steps + sum(self.pass_flops)
+        return float(steps + sum(self.pass_flops))
 
     @property
     def tokens_per_step(self) -> int:
