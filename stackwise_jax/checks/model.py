@@ -112,10 +112,12 @@ def _check_depth(config: RunConfig) -> None:
         objective.level_min <= objective.level_max,
         f"objective.level_min={objective.level_min} must not exceed objective.level_max={objective.level_max}",
     )
+    pulls = objective.name == "diffusion" and training.progressive.direction == "right_to_left" and not objective.shift
     require(
-        objective.consistency == 0.0 or (training.progressive.direction == "right_to_left" and not objective.shift),
-        f"objective.consistency={objective.consistency} needs training.progressive.direction='right_to_left' and "
-        "objective.shift=False: what it pulls on is the input of the next band",
+        objective.consistency == 0.0 or pulls,
+        f"objective.consistency={objective.consistency} needs objective.name='diffusion', "
+        "training.progressive.direction='right_to_left' and objective.shift=False: what it pulls on is the input of "
+        "the next band",
     )
 
 

@@ -23,7 +23,7 @@ def check_training(config: RunConfig) -> None:
         f"training.accumulation_steps={training.accumulation_steps}",
     )
     require(
-        training.head != "copy" or (model.ties_embedding and training.progressive.enabled),
+        training.head != "copy" or (model.ties_embedding and training.mode in GROWING_MODES),
         "training.head='copy' unties a tied table when the embedding freezes: it needs model.ties_embedding=True "
         f"and a mode that grows, not ties_embedding={model.ties_embedding} with mode={training.mode!r}",
     )
@@ -116,6 +116,13 @@ def check_fusion(config: RunConfig) -> None:
     require(
         fusion.unfreeze_phases <= n_live,
         f"training.fusion.unfreeze_phases={fusion.unfreeze_phases} must be at most the {n_live} live stacks",
+    )
+    keeps = training.progressive.trunk_strategy == "qlora" and not training.adapters.merge
+    require(
+        not keeps or (fusion.live == "adapters" and fusion.unfreeze_phases == 1),
+        f"training.fusion.live={fusion.live!r} in {fusion.unfreeze_phases} phase(s) after trunk_strategy='qlora' would "
+        "train stacks without the adapters that they have; set training.adapters.merge=True, or live='adapters' in one "
+        "phase",
     )
     require(
         training.mode != "end_to_end" and config.objective.time in ("none", "input"),

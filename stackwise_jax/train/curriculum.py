@@ -79,6 +79,8 @@ def unshared(config: RunConfig) -> str | None:
         return "its objectives corrupt rows in different ways"
     if objective.name == "block_diffusion":
         return "block diffusion reads every row twice, masked anew at every visit"
+    if progressive.direction == "independent":
+        return "its bands take turns, each from tokens masked at rates of its own"
     if objective.rate_draw == "stratified":
         return "with objective.rate_draw='stratified' a row's mask depends on the batch that it comes in"
     if progressive.anchor_every is not None and progressive.rebuild_every is None:
@@ -97,6 +99,7 @@ def _with_boundaries(phases: Sequence[Phase]) -> tuple[Phase, ...]:
         read = {s for b in phases[index + 1].branches if b.cached for s in b.trunk} if following else set()
         settles = tuple(name for name in live[index] if name not in following or name in read)
         later = {name for names in live[index + 2 :] for name in names}
+        later -= {s for phase in phases[index + 1 :] for s in phase.adapter_stacks}  # what is laid aside would lack it
         shelves = tuple(name for name in settles if name not in following and name in later)
         result.append(dataclasses.replace(phase, settles=settles, shelves=shelves))
     return tuple(result)

@@ -310,8 +310,8 @@ class Run:
         for stack in phase.adapter_stacks:
             if adapter_name(stack) not in kept:
                 self._settle_adapter(stack, parts[adapter_name(stack)][0])
-        if phase.main.live_stacks and phase.main.head is Role.LIVE and "head" not in phase.settles:
-            newest = phase.main.live_stacks[-1]
+        newest = phase.newest
+        if newest is not None and phase.main.head is Role.LIVE and "head" not in phase.settles:
             self.references["taps"][str(newest)] = self._write_tap(newest, parts["head"][0])
         self.state = joined(parts, kept, self.state.scaling)
 

@@ -154,26 +154,48 @@ class Phase:
 
     @property
     def measured(self) -> tuple[int, ...]:
-        """Numbers of the branches that are evaluated: the first of each task and band."""
+        """Numbers of the branches that are evaluated: the first of each task and band.
+
+        Not one whose cache holds a trunk that another branch has moved since.
+        """
         first: dict[object, int] = {}
         for index, branch in enumerate(self.branches):
-            first.setdefault((branch.task, branch.band), index)
+            if not (branch.cached and set(branch.trunk) & set(self.live_stacks)):
+                first.setdefault((branch.task, branch.band), index)
         return tuple(first.values())
+
+    @property
+    def newest(self) -> int | None:
+        """The stack that ends with this phase and up to which (or, of a tail, from which) the rack can be read.
+
+        None where stacks are skipped on the way, or the phase ends none.
+        """
+        path = self.main.path
+        stacks = [stack for stack, _ in path]
+        if not path or stacks != list(range(stacks[0], stacks[-1] + 1)):
+            return None
+        appends = stacks[0] == 0 and path[-1][1] is Role.LIVE
+        newest, role = path[-1] if appends else path[0]
+        return newest if role is Role.LIVE and newest in self.settles else None
 
     def rate(self, name: Name) -> float:
         """Learning-rate factor of a part."""
         return dict(self.rates).get(name, 1.0)
 
     def branch_order(self) -> np.ndarray:
-        """Which branch each update takes: always the one that is furthest behind its share, so that they interleave."""
+        """Which branch each update takes: always the one that is furthest behind its share, so that they interleave.
+
+        Stretches of one schedule go on where the last one stopped, however short they are.
+        """
         shares = np.array([branch.share for branch in self.branches])
-        done, order = np.zeros(len(shares)), np.zeros(self.steps, np.int64)
+        first = self.schedule[0] if self.schedule else 0
+        done, order = np.zeros(len(shares)), np.zeros(first + self.steps, np.int64)
         if len(shares) > 1:
-            for step in range(self.steps):
+            for step in range(len(order)):
                 # The slack keeps sums of shares from deciding by their rounding.
                 order[step] = int(np.argmax(np.round(shares * (step + 1) - done, 9)))
                 done[order[step]] += 1
-        return order
+        return order[first:]
 
 
 def _union(numbers: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -71,8 +71,8 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]
     groups them.
 
     Raises:
-      UserError: a source of other shapes or another tokenizer, stacks that a source lacks, or another number of blocks
-        than the config has.
+      UserError: a source of other shapes or another tokenizer, stacks that a source lacks, another number of blocks
+        than the config has, or a head that is tied where the config's is not, or the reverse.
     """
     blocks: list[Params] = []
     opened = []
@@ -96,10 +96,16 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]
         )
     if [stack_size(stack) for stack in blocks] != list(sizes):
         blocks = regroup(blocks, sizes)
+    head = _part(opened[-1], "head")
+    if ("table" in head) == config.model.ties_embedding:
+        raise UserError(
+            f"training.fusion.sources: the head of {opened[-1].folder.parents[1]} has "
+            f"{'a' if 'table' in head else 'no'} table of its own; set model.ties_embedding={'table' not in head}"
+        )
     yield "embedding", "embedding", _part(opened[0], "embedding")
     for number, stack in enumerate(blocks):
         yield "stacks", str(number), to_host(stack)
-    yield "head", "head", _part(opened[-1], "head")
+    yield "head", "head", head
 
 
 def _part(snapshot: Snapshot, name: str) -> Params:
