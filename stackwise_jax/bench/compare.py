@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from stackwise_jax import config as config_lib
+from stackwise_jax.bench.compare_plot import plot
 from stackwise_jax.bench.compare_row import RESULT
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.overrides import apply_overrides
@@ -43,6 +44,7 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_string("workdir", "runs/comparison", "Run folders and the table.", flag_values=options)
     flags.DEFINE_integer("minutes", 60, "Until a row is given up.", lower_bound=1, flag_values=options)
     flags.DEFINE_integer("jobs", 1, "Rows that run at once.", lower_bound=1, flag_values=options)
+    flags.DEFINE_bool("plot", False, "Also draw the table, as comparison.svg.", flag_values=options)
     flags.DEFINE_bool("plan", False, "Print what every row will do and its FLOPs, then stop.", flag_values=options)
     return options
 
@@ -85,6 +87,8 @@ def main(options: Any) -> None:
             (workdir / "comparison.json").write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
             print(table({name: row}).splitlines()[2], flush=True)
     ordered = {name: found[name] for name in configs}
+    if options.plot:
+        plot(ordered, workdir / "comparison.svg")
     print(f"\n{table(ordered)}\n\nwritten to {workdir}/comparison.md and comparison.json")
 
 
