@@ -109,6 +109,7 @@ class ProgressiveConfig:
     enabled: bool = True  # False: every stack is live in one phase, which is training.mode='end_to_end'
     direction: str = "left_to_right"  # append | right_to_left: prepend, gradient through the tail | independent: bands
     trunk_strategy: str = "frozen"  # of mode=progressive: frozen | qlora (adapters beside it) | full (trained on)
+    new_stack: str = "drawn"  # beside settled ones: drawn | silent (it adds nothing yet: the loss goes on from theirs)
     new_stack_precision: str | None = None  # of live stacks: as precision.compute (None: the same), or fp8
     cache_activations: bool | None = None  # keep what the trunk puts out; None: wherever a path allows it
     shares: str = ""  # of the updates of all stacks' phases, for each in turn: "0.7,0.1,0.1,0.1"; "": equal

@@ -61,6 +61,7 @@ def check_choices(config: RunConfig) -> None:
         "training.execution": (training.execution, ("auto", "fused", "chained")),
         "training.progressive.direction": (training.progressive.direction, DIRECTIONS),
         "training.progressive.trunk_strategy": (training.progressive.trunk_strategy, TRUNK_STRATEGIES),
+        "training.progressive.new_stack": (training.progressive.new_stack, ("drawn", "silent")),
         "training.growth.operator": (training.growth.operator, OPERATORS),
         "training.fusion.embedding": (training.fusion.embedding, ("live", "frozen")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),

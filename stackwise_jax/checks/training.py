@@ -84,6 +84,11 @@ def check_progressive(config: RunConfig) -> None:
         "training.progressive.direction='right_to_left' needs 'random'",
     )
     require(
+        progressive.new_stack == "drawn" or (grows and strategy != "full" and config.model.norm_position == "pre"),
+        f"training.progressive.new_stack={progressive.new_stack!r} is of modes that train a stack beside settled ones, "
+        "in a pre-norm rack; leave it at 'drawn'",
+    )
+    require(
         growth.operator != "zero_output" or config.model.norm_position == "pre",
         "training.growth.operator='zero_output' changes nothing only in a pre-norm rack; set model.norm_position='pre' "
         "or another operator",

@@ -150,7 +150,7 @@ class PartSource:
     def begin(self, phase: Phase, carried: Parts, frozen: Frozen, *, head_has_table: bool) -> Parts:
         """What a phase trains, from what the one before left live and what is settled; empties shelves it uses."""
         parts: Parts = {}
-        made_from = dict(phase.grows)
+        made_from, progressive = dict(phase.grows), self.config.training.progressive
         for name in part_names(phase):
             if name in carried:
                 parts[name] = carried[name]
@@ -162,12 +162,14 @@ class PartSource:
             elif _kind(name) != "adapters" and (settled := frozen.part(name)) is not None:
                 parts[name] = self._thawed(settled, name)
             else:
-                parts[name] = self._place.build(lambda own=name: self.fresh(own, head_has_table))
+                silent = isinstance(name, int) and bool(frozen.stacks) and progressive.new_stack == "silent"
+                parts[name] = self._place.build(lambda own=name, s=silent: self.fresh(own, head_has_table, silent=s))
         return parts
 
-    def fresh(self, name: Name, head_has_table: bool) -> tuple[Any, Any]:
-        """A part as it is drawn from the run's key, with fresh optimiser state."""
-        return self._with_moments(name, self._drawn(name, head_has_table))
+    def fresh(self, name: Name, head_has_table: bool, *, silent: bool = False) -> tuple[Any, Any]:
+        """A part as it is drawn from the run's key, with fresh optimiser state; a `silent` stack adds nothing yet."""
+        params = self._drawn(name, head_has_table)
+        return self._with_moments(name, grow(params, "zero_output", self.config.model) if silent else params)
 
     def _drawn(self, name: Name, head_has_table: bool) -> Params:
         config, model, sizes = self.config, self.config.model, stack_sizes(self.config)
