@@ -48,10 +48,12 @@ MODES: dict[str, dict[str, Any]] = {
     },
     "prepended_all_live": {**ALL_LIVE, "training.progressive.direction": "right_to_left"},
     "last_stack": {"training.progressive.last_stacks": 1},
-    "anchors": {"training.progressive.anchor_every": 3},
+    # Anchors move what local updates stand on: at a high rate the loss rises (docs/curricula.md).
+    "anchors": {"training.progressive.anchor_every": 3, "optimizer.learning_rate": 1e-3},
     "anchors_and_cache": {
         "training.progressive.anchor_every": 4,
         "training.progressive.rebuild_every": 40,
+        "optimizer.learning_rate": 1e-3,
     },
     "then_joint": {
         "training.fusion.budget": "80 steps",
