@@ -90,7 +90,7 @@ def test_another_format_is_refused_but_not_called_damaged(tmp_path: Path) -> Non
         checkpoint.read_meta(tmp_path / "old")
     digest = hashlib.sha256(b'{"step": 3}').hexdigest()
     (tmp_path / "old" / "manifest.json").write_text(json.dumps({"format": 1, "meta": digest, "arrays": {}}))
-    with pytest.raises(FormatError, match=r"format 1, this version of stackwise_jax reads 2; .* another --workdir"):
+    with pytest.raises(FormatError, match=r"format 1, this version of stackwise_jax reads 3; .* another --workdir"):
         checkpoint.read_meta(tmp_path / "old")
 
 
