@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.model_checks import model_rules
 from stackwise_jax.schema import AdapterConfig, ObjectiveConfig, RunConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -90,7 +91,7 @@ def _check_choices(config: RunConfig) -> None:
     choices: dict[str, tuple[Any, tuple[str, ...]]] = {
         "model.norm": (model.norm, ("rmsnorm", "layernorm")),
         "model.norm_position": (model.norm_position, ("pre", "post")),
-        "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu")),
+        "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu", "geglu_erf", "gelu_erf")),
         "model.positions": (model.positions, ("rotary", "learned", "none")),
         "model.attention": (model.attention, ("causal", "bidirectional")),
         "model.attention_implementation": (model.attention_implementation, ("auto", "reference", "xla", "cudnn")),
@@ -177,13 +178,9 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_model(config: RunConfig) -> None:
     model, objective = config.model, config.objective
-    heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
-    d_head, max_positions = typing.cast(int, model.d_head), typing.cast(int, model.max_positions)
-    _require(heads % kv_heads == 0, f"model.n_heads={heads} must be a multiple of model.n_kv_heads={kv_heads}")
-    _require(
-        model.positions != "rotary" or d_head % 2 == 0,
-        f"model.d_head={d_head} must be even for rotary positions; set model.d_head or model.positions",
-    )
+    for holds, message in model_rules(model):
+        _require(holds, message)
+    max_positions = typing.cast(int, model.max_positions)
     _require(
         model.positions != "learned" or max_positions >= config.data.seq_len,
         f"model.max_positions={max_positions} must be at least data.seq_len={config.data.seq_len}",
@@ -237,8 +234,8 @@ def _check_adapters(config: RunConfig) -> None:
     for name in adapters.targets.split(","):
         _one_of("training.adapters.targets", name.strip(), ("all", *LINEAR_MAPS))
     _require(
-        config.model.ffn != "gelu" or "gate" not in adapters.targets,
-        f"training.adapters.targets={adapters.targets!r}: model.ffn='gelu' has no gate; leave it out",
+        config.model.is_gated or "gate" not in adapters.targets,
+        f"training.adapters.targets={adapters.targets!r}: model.ffn={config.model.ffn!r} has no gate; leave it out",
     )
     if adapters.ranks not in RANK_PATTERNS:
         sizes = {"layerwise": config.model.n_blocks, "blockwise": config.model.n_blocks // config.training.block_group}

@@ -47,8 +47,8 @@ def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
 
 
 def head_forward_flops(model: ModelConfig) -> float:
-    """FLOPs of the output table a token, forward."""
-    return 2.0 * model.d_model * model.vocab_size
+    """FLOPs of the output table, and of BERT's map before it, a token, forward."""
+    return 2.0 * model.d_model * (model.vocab_size + (model.d_model if model.head_transform else 0))
 
 
 def step_flops_per_token(
@@ -118,7 +118,7 @@ def activation_bytes(config: RunConfig, live_blocks: int) -> int:
     tokens = rows * config.data.seq_len
     item = item_bytes(config.precision.compute)
     heads = model.n_heads + 2 * typing.cast(int, model.n_kv_heads)
-    ffn = 4 if model.ffn != "gelu" else 2
+    ffn = 4 if model.is_gated else 2
     inside = {
         "none": 6 * model.d_model + heads * typing.cast(int, model.d_head) + ffn * model.d_ff,
         "dots": 3 * model.d_model + heads * typing.cast(int, model.d_head) + (ffn - 1) * model.d_ff,

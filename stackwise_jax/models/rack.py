@@ -14,12 +14,17 @@ from stackwise_jax.models import weights
 from stackwise_jax.models.block import Context, KeyValues
 from stackwise_jax.models.layers import apply_norm, dropout
 from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
+from stackwise_jax.ops.activation import activate
 from stackwise_jax.ops.mask import Mask, MaskKind
+from stackwise_jax.ops.matmul import matmul
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
 
 # Streams of the run's key, so that no two parts of a rack ever draw the same numbers.
 EMBEDDING_STREAM, BLOCKS_STREAM, HEAD_STREAM = 0, 1, 2
+# Columns that a bias on logits takes in the output table: rows of 16-bit numbers stay aligned to 16 bytes, as matrix
+# units want them.
+BIAS_COLUMNS = 8
 
 
 def init_embedding(key: Key, model: ModelConfig) -> Params:
@@ -49,9 +54,12 @@ def init_rack(key: Key, model: ModelConfig, sizes: tuple[int, ...]) -> Params:
 
 def count_parameters(model: ModelConfig) -> int:
     """Parameters of a whole rack, a tied table counted once."""
+    block = weights.block_table(model)
+    unused = 0 if model.first_attention_norm else weights.count(block["attention_norm"])
     return (
         weights.count(weights.embedding_table(model))
-        + model.n_blocks * weights.count(weights.block_table(model))
+        + model.n_blocks * weights.count(block)
+        - unused
         + weights.count(weights.head_table(model, tied=model.ties_embedding))
     )
 
@@ -64,9 +72,12 @@ def apply_embedding(
     *,
     dtype: DTypeLike,
     key: Key | None = None,
+    token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Looks tokens up, adds learned positions and the norm where the model has them."""
+    """Looks tokens up, adds token types (the first where none are given), learned positions and the norm, if any."""
     x = params["tokens"][inputs]
+    if model.token_types:
+        x = x + params["token_types"][jnp.zeros_like(inputs) if token_types is None else token_types]
     if model.positions == "learned":
         x = x + params["positions"][positions]
     if model.embedding_norm:
@@ -74,16 +85,39 @@ def apply_embedding(
     return dropout(x.astype(dtype), model.dropout, key)
 
 
-def apply_head_norm(params: Params, x: Float[Array, "B T D"], model: ModelConfig) -> Float[Array, "B T D"]:
-    """The final norm of a pre-norm rack; a post-norm block already ends in one."""
-    if model.norm_position == "post":
-        return x
-    return apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model)
+def apply_head_norm(params: Params, x: Float[Array, "B T D"], model: ModelConfig) -> Float[Array, "B T E"]:
+    """What stands between the last stack and the output table: the final norm, and BERT's map, activation and norm.
+
+    A post-norm block already ends in a norm, and a rack without the map needs none here.
+
+    Returns:
+      as wide as the rows of `output_table`, so that their products are the logits.
+    """
+    if model.norm_position == "pre":
+        x = apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model)
+    if model.head_transform:
+        mapped = matmul(x.reshape(-1, x.shape[-1]), params["transform"]["kernel"], dtype=x.dtype)
+        bias = params["transform"].get("bias")
+        mapped = mapped if bias is None else mapped + bias.astype(x.dtype)[None, :]
+        own = params["transform_norm"]
+        x = apply_norm(own["scale"], own.get("bias"), activate(mapped, None, model.ffn).reshape(x.shape), model)
+    if model.logit_bias:
+        ones = jnp.zeros((*x.shape[:2], BIAS_COLUMNS), x.dtype).at[:, :, 0].set(1)
+        x = jnp.concatenate([x, ones], axis=-1)
+    return x
 
 
-def output_table(head: Params, embedding: Params) -> Float[Array, "V D"]:
-    """The table that logits are taken against: the head's own, or the embedding's when tied."""
-    return head["table"] if "table" in head else embedding["tokens"]
+def output_table(head: Params, embedding: Params) -> Float[Array, "V E"]:
+    """The table that logits are taken against: the head's own, or the embedding's when tied.
+
+    A bias on logits is one more column, which meets a one in what `apply_head_norm` returns; zeros fill up
+    `BIAS_COLUMNS`.
+    """
+    table = head["table"] if "table" in head else embedding["tokens"]
+    if "logit_bias" not in head:
+        return table
+    column = jnp.pad(head["logit_bias"].astype(table.dtype)[:, None], ((0, 0), (0, BIAS_COLUMNS - 1)))
+    return jnp.concatenate([table, column], axis=1)
 
 
 def row_context(model: ModelConfig, segments: Int[Array, "B T"] | None, positions: Int[Array, "B T"]) -> Context:
@@ -98,9 +132,11 @@ def apply_rack(
     model: ModelConfig,
     *,
     dtype: DTypeLike,
-) -> Float[Array, "B T D"]:
-    """Runs the whole rack, without dropout, through the final norm; multiply by `output_table` for logits."""
-    x = apply_embedding(rack["embedding"], inputs, context.positions, model, dtype=dtype)
+    token_types: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T E"]:
+    """Runs the whole rack, without dropout, up to the output table; multiply by `output_table` for logits."""
+    embedding = rack["embedding"]
+    x = apply_embedding(embedding, inputs, context.positions, model, dtype=dtype, token_types=token_types)
     for stack in rack["stacks"]:
         x = apply_stack(stack, x, context, model, dtype=dtype)
     return apply_head_norm(rack["head"], x, model)

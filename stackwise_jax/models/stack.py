@@ -32,8 +32,11 @@ REMAT: dict[str, Callable[[Body, bool], Body]] = {
 def init_stack(key: Key, model: ModelConfig, first_block: int | Array, n_blocks: int) -> Params:
     """Draws blocks `first_block ..` of the rack; a block's values depend on its place in the rack, not on grouping."""
     table = weights.block_table(model)
-    keys = jax.vmap(lambda block: jax.random.fold_in(key, block))(first_block + jnp.arange(n_blocks))
-    return jax.vmap(lambda own_key: weights.init_weights(own_key, table))(keys)
+
+    def draw(block: Array) -> Params:
+        return weights.init_weights(jax.random.fold_in(key, block), table) | weights.block_facts(model, block)
+
+    return jax.vmap(draw)(first_block + jnp.arange(n_blocks))
 
 
 def stack_size(params: Params) -> int:

@@ -130,8 +130,8 @@ def run_path(
     example: Example,
     activations: Float[Array, "B T D"] | None,
     key: Key | None,
-) -> Float[Array, "B T D"]:
-    """Runs the body of a path, from tokens or from the trunk's output, up to and including the final norm."""
+) -> Float[Array, "B T E"]:
+    """Runs the body of a path, from tokens or from the trunk's output, up to the output table."""
     model = program.config.model
     context = program.context(example)
     keys = [None] * (len(signature.body) + 1) if key is None else list(jax.random.split(key, len(signature.body) + 1))
