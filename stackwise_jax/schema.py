@@ -91,7 +91,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of documents, chosen by a hash of their text
     text_field: str = "text"  # of .jsonl files and data sets
     tfds_dir: str = ""  # where prepared TensorFlow Datasets lie; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    tokenizer: str = ""  # a SentencePiece model file; empty: train one of model.vocab_size pieces on the source
+    tokenizer: str = ""  # a SentencePiece model or a tokenizer.json; empty: train one of model.vocab_size pieces
     seq_len: int = 256  # tokens a row
     isolate_documents: bool = True  # attention stays inside a document of a packed row
     max_bytes: int | None = None  # of text read from each source; None: all

@@ -3,9 +3,11 @@
     python tests/reference/make_golden.py          # tests/golden/, anew
     python tests/reference/make_golden.py FOLDER   # elsewhere, with whole gradients
 
-A golden file holds the logits, `ENTRIES_PER_GRADIENT` entries of every gradient, and its Euclidean norm.
+A golden file holds names and shapes of the weights, the logits, `ENTRIES_PER_GRADIENT` entries of every gradient, and
+its Euclidean norm.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ def main(folder: Path, *, whole: bool) -> None:
     for name, case in CASES.items():
         logits, gradients = run(case, rows_of(case))
         arrays: dict[str, np.ndarray] = {"logits": logits, "versions": np.array(versions)}
+        arrays["shapes"] = np.array(json.dumps({weight: gradient.shape for weight, gradient in gradients.items()}))
         for weight, gradient in gradients.items():
             if whole:
                 arrays[f"gradient {weight}"] = gradient
