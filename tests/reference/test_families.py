@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from live import reference_python
 
 from stackwise_jax.config import resolve
 from stackwise_jax.interop import configs, kinds, names
-from stackwise_jax.models.rack import apply_rack, output_table, row_context
+from stackwise_jax.models import families
+from stackwise_jax.models.rack import apply_rack, count_parameters, output_table, row_context
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Params
 
@@ -174,6 +176,24 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, live: Path):
     assert own.keys() == gradients.keys()
     for weight, gradient in gradients.items():
         np.testing.assert_allclose(own[weight], gradient, rtol=GRADIENTS, atol=GRADIENTS, err_msg=weight)
+
+
+def test_every_size_has_as_many_parameters_as_in_transformers():
+    python, models = reference_python(), {}
+    for family, sizes in families.SIZES.items():
+        for size in sizes:
+            fields = getattr(families, family)(size)
+            objective = {"name": "clm" if family in ("gpt2", "llama") else "mlm"}
+            models[f"{family} {size}"] = resolve({"model": fields, "objective": objective}).model
+    theirs = {
+        name: configs.to_theirs(kinds.family_of(model), model, dtype="float32", ids={})
+        for name, model in models.items()
+    }
+    script = Path(__file__).with_name("count_sizes.py")
+    done = subprocess.run(
+        [python, str(script)], input=json.dumps(theirs), text=True, check=True, stdout=subprocess.PIPE
+    )
+    assert json.loads(done.stdout) == {name: count_parameters(model) for name, model in models.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
