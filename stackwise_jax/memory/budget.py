@@ -37,13 +37,25 @@ def stored_block_bytes(config: RunConfig, fsdp: int = 1) -> int:
 
 
 def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs of one block a token, forward."""
+    """FLOPs of one block a token, forward; of the mean of all blocks where they are unlike."""
     table = weights.block_table(model)
     kernels = [table["mlp"], table["attention"]]
     matrices = sum(w.size for part in kernels for linear in part.values() for w in linear.values() if w.is_matrix)
-    seen = seq_len / 2 if model.attention == "causal" else seq_len
     head_width = typing.cast(int, model.d_head)
-    return 2.0 * matrices + 4.0 * seen * model.n_heads * head_width
+    return 2.0 * matrices + 4.0 * _places_seen(model, seq_len) * model.n_heads * head_width
+
+
+def _places_seen(model: ModelConfig, seq_len: int) -> float:
+    """Places that a place attends to, in the mean over places and blocks, whatever is masked away besides."""
+    sides = 1 if model.attention == "causal" else 2
+    whole = sides * seq_len / 2
+    if model.window is None:
+        return whole
+    local = min(whole, sides * model.window + 1)
+    if model.global_every is None:
+        return local
+    n_global = -(-model.n_blocks // model.global_every)
+    return (n_global * whole + (model.n_blocks - n_global) * local) / model.n_blocks
 
 
 def head_forward_flops(model: ModelConfig) -> float:
