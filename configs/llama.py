@@ -5,7 +5,8 @@ A trial of the shapes: no size is trained to convergence. `llama_70b.py` is the 
 Sizes: tiny (24.4M parameters), small (134.1M), 1b (1.24B), 3b (3.21B), 7b (6.74B), 8b and 8b-3.1 (8.03B), 13b (13.02B),
 70b (68.98B), 70b-3.1 (70.55B).
 Hardware: one GPU of 48 GB or more, of 80 GB for 70b, whose frozen blocks take 130 GiB of host memory besides.
-Rough hours: 0.4 for 1b, 1 to 2 for 3b to 13b, 7 for 70b on an H200 (the plan's FLOPs at 400 TFLOP/s, not measured).
+Rough hours: 0.4 for 1b, 1 to 2 for 3b to 13b, 7 for 70b, 11 for 70b-3.1 on an H200 (the plan's FLOPs at 400 TFLOP/s,
+not measured).
 Command: `python -m stackwise_jax.main --config=configs/llama.py:1b --config.data.source='text/*.jsonl'`.
 """
 

@@ -29,7 +29,8 @@ ROLES = {
 # Where there is none for padding or masks: pieces of bytes that no UTF-8 text holds, so that no text holds the piece.
 _SPARE = {"pad": ("<0xFF>", "\u00ff"), "mask": ("<0xFE>", "\u00fe")}
 _WORD_MARK = "\u2581"  # what BPE with byte fallback writes for a space
-_PROBE = " Two  words,\n\n\ttabs \u00e9\u6f22\U0001f642 "
+# Gaps, tokens spelt out, both forms of an accent, what a normaliser would compose, and the rarest characters.
+_PROBE = " Two  words,\n\n\ttabs [MASK] </s> caf\u00e9 cafe\u0301 \u6f22\U0001f642 \ufb01\u00a0\x00 "
 
 
 class JsonTokenizer(Tokenizer):

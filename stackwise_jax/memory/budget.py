@@ -51,7 +51,7 @@ def _places_seen(model: ModelConfig, seq_len: int) -> float:
     whole = sides * seq_len / 2
     if model.window is None:
         return whole
-    local = min(whole, sides * model.window + 1)
+    local = min(whole, sides * model.window + 1.0)
     if model.global_every is None:
         return local
     n_global = -(-model.n_blocks // model.global_every)

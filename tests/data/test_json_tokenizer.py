@@ -90,6 +90,10 @@ def test_wordpiece_counts_the_text_that_it_reads_back():
 
 def test_exactness_is_said():
     assert (BYTE_LEVEL.is_exact, WORDPIECE.is_exact, FALLBACK.is_exact) == (True, False, False)
+    for normaliser in (normalizers.NFC(), normalizers.NFKC(), normalizers.Strip()):
+        own = byte_level()
+        own.normalizer = normaliser
+        assert not read(own).is_exact
 
 
 def test_special_tokens_are_never_read_out_of_a_text():
