@@ -31,6 +31,12 @@ def to_model(theirs: Json) -> tuple[str, dict[str, Any]]:
         fields |= read(theirs)
     except KeyError as error:
         raise UserError(f"config.json of a {family} lacks {error.args[0]!r}") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json of a {family} has an entry of another type than it should: {error}") from None
+    if not isinstance(fields["max_positions"], int):
+        raise UserError(f"config.json of a {family} gives {fields['max_positions']!r} positions; it must be a number")
     n_blocks = fields.pop("n_blocks")
     return family, fields | {"architecture": {"n_stacks": n_blocks, "blocks_per_stack": 1}}
 

@@ -268,6 +268,10 @@ def test_damaged_files_are_refused(tmp_path: Path):
         ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
         ("modernbert", {"layer_types": ["sliding_attention"] * 4 + ["full_attention"]}, "layer_types"),
         ("modernbert", {"vocab_size": 20}, "36 pieces"),
+        ("llama2", {"rope_theta": "far"}, "of another type"),
+        ("llama2", {"rope_scaling": "yarn"}, "of another type"),
+        ("llama2", {"max_position_embeddings": None}, "None positions"),
+        ("llama2", {"hidden_size": "wide"}, "model.d_model='wide'"),
     ],
 )
 def test_configs_that_we_lack_are_refused(name: str, entries: dict[str, Any], words: str, tmp_path: Path):
