@@ -3,8 +3,8 @@
 Claim: it fits, learns and runs near the card's limit; one block of 856M parameters is live at a time, over a cached
 trunk. It is not a compute-optimal 70B model: that takes decades on one card.
 Hardware: one H200 (141 GB). Rough hours: 5, by the plan's FLOPs at 600 TFLOP/s.
-Today this config plans and shape-checks. To train it to the end the host must hold the frozen blocks, 129.5 GiB in
-bfloat16 (34.8 GiB with `--config.precision.trunk=nf4`): the plan says so.
+It plans and shape-checks, and has not been trained. To train it to the end the host must hold the frozen blocks,
+129.5 GiB in bfloat16 (34.8 GiB with `--config.precision.trunk=nf4`): the plan says so.
 Command: `python -m stackwise_jax.main --config=configs/llama_70b.py --config.data.source='text/*.jsonl' --plan`.
 """
 

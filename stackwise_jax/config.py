@@ -2,7 +2,7 @@
 
 A person edits the locked `ConfigDict` that `default()` returns (in `configs/*.py` or by
 `--config.model.d_model=512`); the code reads the frozen `RunConfig` of `schema.py` that `resolve()` builds from it.
-`resolve()` is the only way to a `RunConfig`; what it refuses stands in `checks.py`. Nothing heavy is imported, so that
+`resolve()` is the only way to a `RunConfig`; what it refuses stands in `checks/`. Nothing heavy is imported, so that
 `--help` and a config error answer at once.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from stackwise_jax.checks import settle
 from stackwise_jax.errors import UserError, did_you_mean
-from stackwise_jax.schema import RunConfig
+from stackwise_jax.schema import FusionConfig, GrowthConfig, ObjectiveConfig, ProgressiveConfig, RunConfig
 
 # Sections and fields that may differ when a run folder is continued: they change no number that a run computes, or by
 # rounding alone (a prepared corpus is checked by its digest, wherever it lies).
@@ -97,6 +97,26 @@ def _checked(kind: Any, value: Any, field: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{field}={value} must be a finite number")
     return value
+
+
+def without_growth(config: RunConfig) -> RunConfig:
+    """The config of a run whose stacks are trained together: no direction, no bands, an untied head that is its own."""
+    training, model, none = config.training, config.model, ObjectiveConfig()
+    objective = dataclasses.replace(
+        config.objective,
+        time={"depth": "none", "depth_input": "input"}.get(config.objective.time, config.objective.time),
+        n_bands=none.n_bands,
+        levels=none.levels,
+        consistency=none.consistency,
+    )
+    if training.head == "copy":
+        model = dataclasses.replace(model, ties_embedding=False)
+    precision = training.progressive.new_stack_precision
+    progressive = dataclasses.replace(ProgressiveConfig(), new_stack_precision=precision)
+    training = dataclasses.replace(
+        training, head="live", progressive=progressive, growth=GrowthConfig(), fusion=FusionConfig()
+    )
+    return dataclasses.replace(config, model=model, objective=objective, training=training)
 
 
 def to_json(config: RunConfig) -> str:

@@ -2,13 +2,19 @@
 
     python -m stackwise_jax.evaluate --workdir=runs/quickstart
     python -m stackwise_jax.evaluate --workdir=runs/quickstart --source="notes/**/*.txt" --rows=256
+    python -m stackwise_jax.evaluate --workdir=runs/masked --order=left_to_right --rows=32
 
 Without --source: the held-out rows that training measured, out of the prepared corpus. With it: those documents, packed
-into rows as in training, by the run's own tokenizer.
+into rows as in training, by the run's own tokenizer. A diffusion run is measured by its bound; --order asks a run that
+was trained at all masked fractions for the exact likelihood in that order, at one network evaluation a token.
 """
 
+import dataclasses
+import functools
+import math
 import sys
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +28,25 @@ from stackwise_jax.data.corpus import prepare_corpus
 from stackwise_jax.data.sources import iterate_documents
 from stackwise_jax.data.split import segments_and_positions
 from stackwise_jax.data.tokenizer import Tokenizer
-from stackwise_jax.errors import UserError
+from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.evals.bound import FLOOR, Edges, Likelihood, Piece, Rows, diffusion_bound, is_whole, level_losses
 from stackwise_jax.evals.likelihood import RowLosses, held_out_loss
+from stackwise_jax.evals.orders import ORDERS, order_likelihood
+from stackwise_jax.generate.denoise import RackDenoiser
+from stackwise_jax.generate.depth import Depth, depth_of, make_band_denoisers
 from stackwise_jax.memory.placement import start_backend
+from stackwise_jax.memory.precision import DTYPES
 from stackwise_jax.models.rack import apply_rack, output_table
+from stackwise_jax.objectives.objective import tasks
+from stackwise_jax.objectives.places import eligible_places
 from stackwise_jax.ops.loss import token_losses
-from stackwise_jax.schema import DataConfig
+from stackwise_jax.schema import DataConfig, RunConfig
 from stackwise_jax.train.step import make_program
 from stackwise_jax.train.trained import Trained, load_trained
-from stackwise_jax.types import Batch, Params
+from stackwise_jax.types import Batch, Params, Vocabulary
+
+DRAWS = 8  # masks a row and band, where --draws does not say
+EVALUATION_STREAM = 5  # of the run's key (models/rack.py uses 0 to 2, train/step.py 3 and 4)
 
 
 def make_options() -> flags.FlagValues:
@@ -42,6 +58,14 @@ def make_options() -> flags.FlagValues:
     rows_help = "Rows measured, at most. Default: evaluation.rows of the run; with --source all."
     flags.DEFINE_integer("rows", None, rows_help, lower_bound=1, flag_values=options)
     flags.DEFINE_integer("stacks", None, "Read only the first stacks.", lower_bound=1, flag_values=options)
+    objective_help = "Of a run that was trained on several: which one to measure. Default: the first."
+    flags.DEFINE_string("objective", None, objective_help, flag_values=options)
+    order_help = f"Exact likelihood of a masked run, place by place: {', '.join(ORDERS)}."
+    flags.DEFINE_string("order", None, order_help, flag_values=options)
+    draws_help = f"Masks a row and band of a bound. Default: {DRAWS}."
+    flags.DEFINE_integer("draws", None, draws_help, lower_bound=1, flag_values=options)
+    form_help = "How the bands of a run whose time is depth are run: as trained, or step_local."
+    flags.DEFINE_string("form", None, form_help, flag_values=options)
     return options
 
 
@@ -53,32 +77,181 @@ def main(options: Any) -> None:
     state = "finished" if trained.finished else "not finished"
     print(f"run {workdir}: {len(trained.rack['stacks'])} stack(s), {trained.step} steps, {state}")
     print(f"text: {options.source or 'the held-out rows of the run'}")
-    for name, value in evaluate(trained, source=options.source, rows=options.rows).items():
-        print(f"{name.replace('_', ' '):<21} {value:,.{0 if name == 'tokens' else 4}f}")
+    how = {name: options[name].value for name in ("source", "rows", "objective", "order", "draws", "form")}
+    print(describe(evaluate(trained, **how)))
 
 
-def evaluate(trained: Trained, *, source: str | None, rows: int | None) -> dict[str, float]:
-    """Measures a rack; returns what `held_out_loss` does.
+def describe(result: dict[str, Any]) -> str:
+    """What `evaluate` found, a line a figure, then a line a band."""
+    lines = [
+        f"{name.replace('_', ' '):<21} {value:,.{0 if name == 'tokens' else 4}f}"
+        for name, value in result.items()
+        if name != "bands"
+    ]
+    if "bands" in result:
+        with_loss = "loss" in result["bands"][0]
+        lines += ["", f"{'masked fraction':<21}" + "      loss" * with_loss + "  masked cross-entropy  standard error"]
+    for band in result.get("bands", []):
+        edges = f"{band['low']:g} to {band['high']:g}" if band["low"] < band["high"] else f"{band['low']:g}"
+        loss = f"{band['loss']:10.4f}" if "loss" in band else ""
+        lines.append(f"{edges:<21}{loss}{band['masked_cross_entropy']:22.4f}{band['standard_error']:16.4f}")
+    return "\n".join(lines)
+
+
+def evaluate(
+    trained: Trained,
+    *,
+    source: str | None,
+    rows: int | None,
+    objective: str | None = None,
+    order: str | None = None,
+    draws: int | None = None,
+    form: str | None = None,
+) -> dict[str, Any]:
+    """Measures a rack.
 
     Args:
       source: as `data.source`; None: the run's held-out rows, whose text must still be there.
       rows: at most; None: those of the run, or all of the source.
+      objective: of those that the run was trained on; None: the first.
+      order: of `evals.orders.ORDERS`: the exact likelihood in that order.
+      draws: masks a row and band of a diffusion run.
+      form: how bands are run, see `depth_of`.
+
+    Returns:
+      what `held_out_loss` does; of a diffusion run, or with an order: loss (nats a token), bits_per_byte, tokens,
+      standard_error, bits_per_byte_error, and perplexity_bound of a bound or perplexity of an order. `bands`, of a run
+      whose time is depth: of each its edges low and high, loss (its part of the bound), standard_error,
+      masked_cross_entropy, and the masked tokens that were drawn. A diffusion run that was not trained at all masked
+      fractions has no loss: masked_cross_entropy and standard_error (where its time is depth, in `bands`) and tokens.
 
     Raises:
-      UserError: see `iterate_documents` and `prepare_corpus`; the run's text is no longer what it was trained on;
-        nothing in the text is scored.
+      UserError: see `iterate_documents`, `prepare_corpus` and `depth_of`; the run's text is no longer what it was
+        trained on; nothing in the text is scored; a measure that the run does not have.
     """
-    config = trained.config
+    config = _config_of(trained.config, objective)
+    trained = dataclasses.replace(trained, config=config)
+    depth = depth_of(config, trained.rack, trained.tap, form=form)
+    _check_measure(config, depth, order, draws)
     if source is None:
         batches = _own_batches(trained, rows)
     else:
         size = config.training.batch_size
         batches = source_batches(source, trained.tokenizer, config.data, batch_size=size, rows=rows)
-    row_losses, target_bytes = _measures(trained)
-    result = held_out_loss(row_losses, batches, target_bytes=target_bytes if config.objective.name == "clm" else None)
+    if order is not None or _is_drawn(config, depth):
+        result = _masked_figures(trained, batches, depth, order, draws or DRAWS)
+    else:
+        row_losses, target_bytes = _measures(trained)
+        is_likelihood = config.objective.name in ("clm", "prefix")
+        result = held_out_loss(row_losses, batches, target_bytes=target_bytes if is_likelihood else None)
     if not result["tokens"]:
         raise UserError(f"--source={source} has no token that the run's objective asks for; give more text")
     return result
+
+
+def _config_of(config: RunConfig, objective: str | None) -> RunConfig:
+    """The config with one of its objectives, and the attention that goes with it."""
+    known = {task.objective: task for task, _ in tasks(config.objective, config.model.attention)}
+    if objective is not None and objective not in known:
+        raise UserError(f"--objective={objective}: the run was trained on {', '.join(known)}")
+    if config.objective.name != "mixed":
+        return config
+    task = known[objective] if objective else next(iter(known.values()))
+    own = dataclasses.replace(config.objective, name=task.objective, mixture="")
+    return dataclasses.replace(config, objective=own, model=dataclasses.replace(config.model, attention=task.attention))
+
+
+def _is_drawn(config: RunConfig, depth: Depth | None) -> bool:
+    """Whether the run is measured by masks drawn here: the bound, or the cross-entropy of its bands."""
+    return config.objective.name == "diffusion" or depth is not None
+
+
+def _check_measure(config: RunConfig, depth: Depth | None, order: str | None, draws: int | None) -> None:
+    """Refuses what the run has no number for."""
+    objective = config.objective
+    if order is not None:
+        if order not in ORDERS:
+            raise UserError(f"--order={order} must be one of: {', '.join(ORDERS)}.{did_you_mean(order, ORDERS)}")
+        if objective.name not in ("mlm", "diffusion"):
+            raise UserError(
+                f"--order={order} is for runs that unmask places in any order, and this one has objective.name="
+                f"{objective.name!r}; leave it out"
+            )
+        bands = _bands(config, depth)
+        if not is_whole(bands):
+            rates = ", ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in bands)
+            raise UserError(
+                f"--order={order}: a likelihood takes all masked fractions from {FLOOR:g} to 1, and this run was "
+                f"trained at {rates}; leave it out, and its masked cross-entropy is measured"
+            )
+    if draws is not None and (order is not None or not _is_drawn(config, depth)):
+        other = f"--order={order}" if order is not None else f"objective.name={objective.name!r}"
+        raise UserError(f"--draws={draws} is for the bound of a diffusion run, not for {other}; leave it out")
+
+
+def _bands(config: RunConfig, depth: Depth | None) -> Sequence[Edges]:
+    """The masked fractions of each denoiser of the run."""
+    low, high = config.objective.rate_min, config.objective.rate_max
+    return ((typing.cast(float, low), typing.cast(float, high)),) if depth is None else depth.bands
+
+
+def _masked_figures(
+    trained: Trained, batches: Iterable[Batch], depth: Depth | None, order: str | None, draws: int
+) -> dict[str, Any]:
+    """The bound, the likelihood in an order, or masked cross-entropy where there is neither; see `evaluate`."""
+    bands, tokenizer = _bands(trained.config, depth), trained.tokenizer
+    pieces = _pieces(trained, batches, depth)
+    key = jax.random.fold_in(jax.random.key(trained.config.seed), EVALUATION_STREAM)
+    options: dict[str, Any] = {"mask_id": tokenizer.mask_id, "key": key}
+    if order is not None:
+        exact = order_likelihood(pieces, order, bands=bands, piece_bytes=tokenizer.piece_bytes, **options)
+        return _figures(exact, "perplexity")
+    if is_whole(bands):
+        bound = diffusion_bound(pieces, bands, piece_bytes=tokenizer.piece_bytes, draws=draws, **options)
+        found = _figures(bound, "perplexity_bound")
+        return found if depth is None else found | {"bands": [dataclasses.asdict(band) for band in bound.bands]}
+    levels = level_losses(pieces, bands, draws=draws, **options)
+    if depth is None:
+        (only,) = levels
+        figures = {"masked_cross_entropy": only.masked_cross_entropy, "standard_error": only.standard_error}
+        return figures | {"tokens": float(only.tokens)}
+    found = [{name: value for name, value in dataclasses.asdict(level).items() if name != "loss"} for level in levels]
+    return {"tokens": float(sum(level.tokens for level in levels)), "bands": found}
+
+
+def _figures(found: Likelihood, perplexity: str) -> dict[str, float]:
+    return {
+        "loss": found.loss,
+        "standard_error": found.standard_error,
+        perplexity: math.exp(min(found.loss, 700.0)),
+        "bits_per_byte": found.bits_per_byte,
+        "bits_per_byte_error": found.bits_per_byte_error,
+        "tokens": float(found.tokens),
+    }
+
+
+def _pieces(trained: Trained, batches: Iterable[Batch], depth: Depth | None) -> Iterator[Piece]:
+    """Rows whose logits may exist at once, with the run's denoisers for them."""
+    config, tokenizer = trained.config, trained.tokenizer
+    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
+    common = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id, "dtype": DTYPES[config.precision.compute]}
+    common["shift"] = config.objective.shift
+    if depth is None:
+        denoisers = (RackDenoiser(trained.rack, config.model, **common),)
+    else:
+        denoisers = make_band_denoisers(
+            trained.rack, config.model, depth.stacks, form=depth.form, heads=depth.heads, **common
+        )
+    for batch in batches:
+        size, length = batch.tokens.shape
+        most = max(1, config.training.loss_chunk_tokens // length)
+        together = max(n for n in range(1, most + 1) if size % n == 0)
+        for first in range(0, size, together):
+            own = jax.tree.map(lambda leaf, first=first, end=first + together: leaf[first:end], batch)
+            eligible = np.asarray(eligible_places(own, vocabulary, shift=config.objective.shift))
+            rows = Rows(own.tokens, eligible, own.row_ids)
+            packing = {"segments": own.segments, "positions": own.positions}
+            yield rows, tuple(dataclasses.replace(denoiser, **packing) for denoiser in denoisers)
 
 
 def source_batches(
@@ -145,12 +318,14 @@ def _measures(trained: Trained) -> tuple[RowLosses, Callable[[Batch], int]]:
     config, tokenizer = trained.config, trained.tokenizer
     # Held-out rows are seen in their first variant alone, whose rates do not depend on the number of rows.
     program = make_program(config, tokenizer, n_rows=1)
-    corrupt = jax.jit(lambda batch: program.corrupt(program.mask_key, batch))
+    task = program.task
+    corrupt = jax.jit(functools.partial(program.corrupt, task))
 
     @jax.jit
     def measure(rack: Params, batch: Batch) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-        example = program.corrupt(program.mask_key, batch)
-        hidden = apply_rack(rack, example.inputs, program.context(example), config.model, dtype=program.dtype)
+        example = program.corrupt(task, batch)
+        context = program.context(task, example, rack["embedding"])
+        hidden = apply_rack(rack, example.inputs, context, config.model, dtype=program.dtype)
         table = output_table(rack["head"], rack["embedding"]).astype(program.dtype)
         losses = token_losses(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -158,7 +333,8 @@ def _measures(trained: Trained) -> tuple[RowLosses, Callable[[Batch], int]]:
             example.targets.reshape(-1),
             chunk_tokens=config.training.loss_chunk_tokens,
         )
-        return jnp.sum(example.weights * losses.reshape(example.weights.shape), 1), jnp.sum(example.weights, 1)
+        asked = (example.weights > 0).astype(jnp.float32)
+        return jnp.sum(asked * losses.reshape(asked.shape), 1), jnp.sum(asked, 1)
 
     def row_losses(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         losses, weights = measure(trained.rack, batch)

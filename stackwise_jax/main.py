@@ -37,7 +37,8 @@ def main(config: RunConfig) -> None:
         print(config_lib.to_json(config))
         return
     if FLAGS.plan:
-        from stackwise_jax.train.plan import describe, make_plan
+        from stackwise_jax.train.describe import describe
+        from stackwise_jax.train.plan import make_plan
 
         print(describe(make_plan(config, None)))
         return

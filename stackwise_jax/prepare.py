@@ -14,7 +14,7 @@ flags.DEFINE_bool("download", False, "First download and prepare the TensorFlow 
 
 def main(config: RunConfig) -> None:
     """Prepares or opens the corpus of a config, reads all of it, and prints what it holds."""
-    from stackwise_jax.checks import weighted_sources
+    from stackwise_jax.checks.text import weighted_sources
     from stackwise_jax.data.catalog import download_datasets
     from stackwise_jax.data.corpus import prepare_corpus
 

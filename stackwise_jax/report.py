@@ -4,6 +4,7 @@ What it prints beyond training is a function of the run folder, so a finished ru
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -18,6 +19,7 @@ from stackwise_jax import config as config_lib
 from stackwise_jax.data.corpus import Corpus, Split, prepare_corpus
 from stackwise_jax.data.pipeline import validation_batches
 from stackwise_jax.evals.ngram import Pairs, ngram_scores
+from stackwise_jax.generate.depth import depth_of
 from stackwise_jax.generate.texts import continue_texts, printable
 from stackwise_jax.memory import processes
 from stackwise_jax.memory.placement import make_placement
@@ -26,9 +28,11 @@ from stackwise_jax.train import loop
 from stackwise_jax.train.folder import refuse_foreign
 from stackwise_jax.train.plan import make_plan
 from stackwise_jax.train.step import make_program
+from stackwise_jax.train.trained import read_tap
 
 CONTROL_FOLDER = "control_one_block"
 PIECE_ROWS = 4096
+TITLES = {"clm": "held-out", "mlm": "held-out masked cross-entropy", "diffusion": "held-out diffusion loss"}
 Rows = list[tuple[str, float, float | None]]
 """Lines of the table: what, nats per token, bits per byte or None."""
 
@@ -60,9 +64,9 @@ def _train_and_report(config: RunConfig, workdir: Path) -> None:
         print("the control: one block, end to end, at equal FLOPs", file=sys.stderr, flush=True)
         control_result = loop.run(control, corpus, workdir / CONTROL_FOLDER, say=lambda _: None)
         label = f"control: one block end to end, {control.training.phase_budget}"
-        rows += [(label, nats, bits) for _, nats, bits in _held_out_rows(control_result.held_out)]
+        rows += [(label, nats, bits) for _, nats, bits in _held_out_rows(control_result.held_out)[:1]]
     print()
-    print(table(config, rows))
+    print(table(config, rows) if rows else "assembled; nothing was trained, and nothing measured yet")
     if config.generation.samples:
         print_samples(config, corpus, result)
     folder = shlex.quote(str(workdir))
@@ -74,19 +78,18 @@ def _train_and_report(config: RunConfig, workdir: Path) -> None:
 
 def control_config(config: RunConfig, flops: float) -> RunConfig:
     """The same model with one block, trained end to end for as many steps as `flops` allow; at least one."""
-    training, model = config.training, config.model
-    progressive = dataclasses.replace(training.progressive, enabled=False, cache_activations=None)
+    plain = config_lib.without_growth(config)
+    progressive = dataclasses.replace(plain.training.progressive, enabled=False)
+    training = dataclasses.replace(plain.training, mode="end_to_end", phase_budget="1 steps", progressive=progressive)
     control = dataclasses.replace(
-        config,
+        plain,
         name=f"{config.name}_control",
-        model=dataclasses.replace(model, architecture=ArchitectureConfig(n_stacks=1, blocks_per_stack=1)),
-        training=dataclasses.replace(
-            training,
-            mode="end_to_end",
-            head="live",  # nothing is settled before the end, so nothing can be frozen or copied then
-            phase_budget="1 steps",
-            progressive=progressive,
+        model=dataclasses.replace(
+            plain.model,
+            ties_embedding=config.model.ties_embedding,
+            architecture=ArchitectureConfig(n_stacks=1, blocks_per_stack=1),
         ),
+        training=training,
         evaluation=dataclasses.replace(config.evaluation, every_steps=None, ngrams=False, one_block_control=False),
         generation=dataclasses.replace(config.generation, samples=0),
     )
@@ -120,8 +123,8 @@ def scored_tokens(
         rows=config.evaluation.rows,
         isolate_documents=config.data.isolate_documents,
     )
-    corrupt = jax.jit(program.corrupt)
-    examples = [corrupt(program.mask_key, batch) for batch in batches]
+    corrupt = jax.jit(functools.partial(program.corrupt, program.task))
+    examples = [corrupt(batch) for batch in batches]
 
     def join(field: str) -> np.ndarray:
         return np.concatenate([np.asarray(getattr(example, field)).reshape(-1) for example in examples])
@@ -139,10 +142,10 @@ def training_pairs(split: Split, *, isolate_documents: bool) -> Iterator[Pairs]:
 
 
 def table(config: RunConfig, rows: Rows) -> str:
-    """The held-out table as text; masked cross-entropy has no bits per byte."""
+    """The held-out table as text; what is no likelihood has no bits per byte."""
     is_causal = config.objective.name == "clm"
-    title = "held-out" if is_causal else "held-out masked cross-entropy"
-    width = max(len(title), *(len(name) for name, _, _ in rows))
+    title = TITLES.get(config.objective.name, "held-out loss")
+    width = max(map(len, [title, *(name for name, _, _ in rows)]))
     lines = [f"{title:<{width}}  nats per token" + ("  bits per byte" if is_causal else "")]
     for name, nats, bits in rows:
         lines.append(f"{name:<{width}}  {nats:14.4f}" + ("" if bits is None else f"  {bits:13.4f}"))
@@ -153,7 +156,8 @@ def print_samples(config: RunConfig, corpus: Corpus, result: loop.Result) -> Non
     """Prints `config.generation.samples` continuations of the config's prompt, and how different several are."""
     prompt = config.generation.prompt
     prompts = [prompt] * config.generation.samples
-    samples = continue_texts(result.rack, config, corpus.tokenizer, prompts, seed=config.seed)
+    depth = depth_of(config, result.rack, functools.partial(read_tap, config, result.taps))
+    samples = continue_texts(result.rack, config, corpus.tokenizer, prompts, seed=config.seed, depth=depth)
     for number, sample in enumerate(samples.rows, start=1):
         print(f"\n--- sample {number} of {len(samples.rows)}, prompt {prompt!r}")
         print(printable(sample.text))
@@ -162,4 +166,10 @@ def print_samples(config: RunConfig, corpus: Corpus, result: loop.Result) -> Non
 
 
 def _held_out_rows(held_out: Mapping[str, Mapping[str, float]]) -> Rows:
-    return [(phase, figures["loss"], figures.get("bits_per_byte")) for phase, figures in held_out.items()]
+    """A line a phase and, where it asks several things, one for each of them."""
+    rows: Rows = []
+    for phase, figures in held_out.items():
+        rows.append((phase, figures["loss"], figures.get("bits_per_byte")))
+        parts = {name: value for name, value in figures.items() if name not in ("loss", "bits_per_byte")}
+        rows += [(f"  {name}", value, None) for name, value in parts.items()]
+    return rows

@@ -134,8 +134,10 @@ class ProgressiveConfig:
     enabled: bool = True  # False: every stack is live in one phase, which is training.mode='end_to_end'
     direction: str = "left_to_right"  # append | right_to_left: prepend, gradient through the tail | independent: bands
     trunk_strategy: str = "frozen"  # of mode=progressive: frozen | qlora (adapters beside it) | full (trained on)
+    new_stack: str = "drawn"  # beside settled ones: drawn | silent (it adds nothing yet: the loss goes on from theirs)
     new_stack_precision: str | None = None  # of live stacks: as precision.compute (None: the same), or fp8
     cache_activations: bool | None = None  # keep what the trunk puts out; None: wherever a path allows it
+    shares: str = ""  # of the updates of all stacks' phases, for each in turn: "0.7,0.1,0.1,0.1"; "": equal
     last_stacks: int = 0  # the last stacks are live in every phase and end its path; those between are skipped
     anchor_every: int | None = None  # every so many updates train the whole path; None: never
     rebuild_every: int | None = None  # with anchors and a cache: steps after which the cache is computed anew
@@ -161,7 +163,6 @@ class FusionConfig:
     unfreeze_phases: int = 1  # the live stacks join in so many phases, from the head down
     trunk_learning_rate_scale: float = 1.0  # of every live stack but the last
     learning_rate_scale: float = 1.0  # of everything, in these phases
-    keep_moments: bool = True  # optimiser state goes on where it stood when a stack froze, if this run trained it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +174,7 @@ class AdapterConfig:
     alpha: float = 16.0  # the low-rank part is multiplied by alpha / rank
     targets: str = "all"  # linear maps: all, or some of query,key,value,output,up,gate,down
     learning_rate_scale: float = 1.0  # of optimizer.learning_rate; adapters are trained by AdamW, without decay
+    merge: bool = False  # when they settle they are added into the weights, instead of kept beside them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackwise_jax import config as config_lib
-from stackwise_jax.checks import budget_steps, weighted_sources
+from stackwise_jax.checks.text import budget_steps, weighted_sources
 from stackwise_jax.config import default, differences, from_json, resolve, to_json
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig

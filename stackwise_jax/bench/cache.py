@@ -18,9 +18,9 @@ from typing import Any
 from absl import flags
 
 from stackwise_jax import config as config_lib
-from stackwise_jax.bench.overrides import apply_overrides
-from stackwise_jax.checks import PRECISIONS
+from stackwise_jax.checks.choices import PRECISIONS
 from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.overrides import apply_overrides
 from stackwise_jax.schema import RunConfig
 
 WARMUP_STEPS = 5

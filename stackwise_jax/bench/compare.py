@@ -1,25 +1,31 @@
 """Ways of training one model at equal FLOPs, one after another, each in a process of its own, as one table.
 
-The rows and their learning rates are those of configs/comparison.py; ROW@RATE is a row at another rate, and
---learning_rates tries every row at each. A row that failed is told so and the others go on; the same command again
-keeps the rows that are done and continues the others:
+The rows and their learning rates are those of configs/comparison.py; ROW@RATE is a row at another rate, ROW#SEED of
+another seed, and --learning_rates tries every row at each. --jobs rows run at once, in turn on the GPUs that there are.
+A row that failed is told so and the others go on; the same command again keeps the rows that are done and continues the
+others:
 python -m stackwise_jax.bench compare --rows=end_to_end,layerwise --set=data.prepared=corpora/web --workdir=runs/compare
 """
 
 import json
+import os
+import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from absl import flags
 
 from stackwise_jax import config as config_lib
+from stackwise_jax.bench.compare_plot import plot
 from stackwise_jax.bench.compare_row import RESULT
-from stackwise_jax.bench.overrides import apply_overrides
 from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.overrides import apply_overrides
 from stackwise_jax.schema import RunConfig
 
 REFERENCE = "end_to_end"  # the row whose tokens set the FLOPs of all
@@ -37,6 +43,8 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_multi_string("set", [], "A config field of all rows: --set=data.prepared=F.", flag_values=options)
     flags.DEFINE_string("workdir", "runs/comparison", "Run folders and the table.", flag_values=options)
     flags.DEFINE_integer("minutes", 60, "Until a row is given up.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer("jobs", 1, "Rows that run at once.", lower_bound=1, flag_values=options)
+    flags.DEFINE_bool("plot", False, "Also draw the table, as comparison.svg.", flag_values=options)
     flags.DEFINE_bool("plan", False, "Print what every row will do and its FLOPs, then stop.", flag_values=options)
     return options
 
@@ -56,20 +64,36 @@ def main(options: Any) -> None:
     if options.plan:
         return
     workdir = Path(options.workdir).expanduser()
+    workdir.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
-    for name, config in configs.items():
+
+    slots: SimpleQueue[int] = SimpleQueue()
+    for slot in range(options.jobs):
+        slots.put(slot)
+
+    def run(name: str) -> tuple[str, dict[str, Any]]:
         print(f"{name} ...", flush=True)
-        found[name] = run_row(config, workdir / name, timeout_seconds=60 * options.minutes)
-        text = table(found)
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "comparison.md").write_text(text + "\n", encoding="utf-8")
-        (workdir / "comparison.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        print(text.splitlines()[-1 - len(depth_lines(found))], flush=True)
-    print(f"\n{table(found)}\n\nwritten to {workdir}/comparison.md and comparison.json")
+        slot = slots.get()
+        row = run_row(configs[name], workdir / name, timeout_seconds=60 * options.minutes, device=slot)
+        slots.put(slot)
+        return name, row
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed([pool.submit(run, name) for name in configs]):
+            name, row = done.result()
+            found[name] = row
+            ordered = {name: found[name] for name in configs if name in found}
+            (workdir / "comparison.md").write_text(table(ordered) + "\n", encoding="utf-8")
+            (workdir / "comparison.json").write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+            print(table({name: row}).splitlines()[2], flush=True)
+    ordered = {name: found[name] for name in configs}
+    if options.plot:
+        plot(ordered, workdir / "comparison.svg")
+    print(f"\n{table(ordered)}\n\nwritten to {workdir}/comparison.md and comparison.json")
 
 
 def load_rows(path: Path) -> dict[str, Any]:
-    """What the file of the rows defines: get_config(row), NAMES, TOKENS, EMBEDDING_SHARE.
+    """What the file of the rows defines: get_config(row), NAMES, TOKENS, EMBEDDING_SHARE, FUSION_SHARE.
 
     Raises:
       UserError: no such file, or it does not define them.
@@ -77,7 +101,7 @@ def load_rows(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--config={path}: no such file; run it where the repository is, or give the file's place")
     source = runpy.run_path(str(path))
-    for name in ("get_config", "NAMES", "TOKENS", "EMBEDDING_SHARE"):
+    for name in ("get_config", "NAMES", "TOKENS", "EMBEDDING_SHARE", "FUSION_SHARE"):
         if name not in source:
             raise UserError(f"--config={path} must define {name}, as configs/comparison.py does")
     return source
@@ -86,7 +110,7 @@ def load_rows(path: Path) -> dict[str, Any]:
 def row_names(source: dict[str, Any], rows: list[str], learning_rates: list[str]) -> list[str]:
     """Every row at every learning rate; UserError for an unknown row or a rate that is no number."""
     for row in rows:
-        name, known = row.partition("@")[0], source["NAMES"]
+        name, known = re.split("[@#]", row)[0], source["NAMES"]
         if name not in known:
             raise UserError(f"--rows={row} must be among: {', '.join(known)}.{did_you_mean(name, known)}")
         if "@" in row and learning_rates:
@@ -122,7 +146,9 @@ def equal_configs(source: dict[str, Any], names: list[str], options: Any, rows: 
     flops = training_flops(reference, rows)
     configs = {}
     for name in names:
-        configs[name] = share_out(make_row(source, name, options.set), flops, source["EMBEDDING_SHARE"], rows)
+        row = make_row(source, name, options.set)
+        embedding, fusion = source["EMBEDDING_SHARE"], source["FUSION_SHARE"]
+        configs[name] = share_out(row, flops, embedding, rows, fusion_share=fusion)
         off = training_flops(configs[name], rows) / flops - 1
         if abs(off) > TOLERANCE:
             raise UserError(
@@ -151,12 +177,18 @@ def plan_text(configs: dict[str, RunConfig], rows: int | None) -> str:
 
 
 def run_row(
-    config: RunConfig, folder: Path, *, timeout_seconds: int | float, command: list[str] | None = None
+    config: RunConfig,
+    folder: Path,
+    *,
+    timeout_seconds: int | float,
+    command: list[str] | None = None,
+    device: int = 0,
 ) -> dict[str, Any]:
     """The result of a row: kept where it is there already, else from a process of its own.
 
     Args:
       command: what is started with the config as JSON and the run folder; None: `compare_row`.
+      device: which GPU it sees, counted round those that there are.
 
     Returns:
       what `compare_row.run_row` returns, or {"failed": why, in one line}.
@@ -171,6 +203,7 @@ def run_row(
         done = subprocess.run(
             [*(command or ROW_COMMAND), json.dumps(wanted), str(folder)],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=timeout_seconds, check=False,
+            env={**os.environ, **_one_gpu(device)},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {timeout_seconds:.0f} s; the same command again continues it"}
@@ -181,23 +214,26 @@ def run_row(
     return {"failed": lines[-1] if lines else f"it ended with exit code {done.returncode} and no word"}
 
 
+def _one_gpu(device: int) -> dict[str, str]:
+    """What lets a process see one of several NVIDIA GPUs alone; nothing where there are none, or one."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = wanted.split(",") if wanted else [path.name[6:] for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    return {"CUDA_VISIBLE_DEVICES": gpus[device % len(gpus)]} if len(gpus) > 1 else {}
+
+
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "learning rate": lambda row: f"{row['config']['optimizer']['learning_rate']:g}",
-    "nats/token": lambda row: f"{last_held_out(row)['loss']:.4f}",
-    "bits/byte": lambda row: f"{last_held_out(row)['bits_per_byte']:.4f}",
+    "nats/token": lambda row: f"{row['final']['loss']:.4f}",
+    "bits/byte": lambda row: f"{row['final']['bits_per_byte']:.4f}",
     "steps": lambda row: f"{row['steps']}",
     "tokens": lambda row: f"{row['tokens'] / 1e6:.1f}M",
     "PFLOPs": lambda row: f"{row['flops'] / 1e15:.2f}",
     "tokens/s": lambda row: by_kind(row, "tokens_per_second", "{:.0f}"),
     "MFU": lambda row: by_kind(row, "mfu", "{:.1%}"),
+    "block state": lambda row: f"{row['block_state_bytes'] / 2**30:.2f} GiB",
     "peak memory": lambda row: f"{row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else "-",
     "wall s": lambda row: f"{row['wall_seconds']:.0f}",
 }
-
-
-def last_held_out(row: dict[str, Any]) -> dict[str, float]:
-    """Held-out figures of the finished rack."""
-    return list(row["held_out"].values())[-1]
 
 
 def by_kind(row: dict[str, Any], figure: str, form: str) -> str:

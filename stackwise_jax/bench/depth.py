@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from stackwise_jax import config as config_lib
-from stackwise_jax.checks import PRECISIONS
+from stackwise_jax.checks.choices import PRECISIONS
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
 

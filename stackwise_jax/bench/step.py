@@ -18,9 +18,9 @@ from absl import flags
 
 from stackwise_jax import config as config_lib
 from stackwise_jax.bench import torch_step
-from stackwise_jax.bench.overrides import apply_overrides
-from stackwise_jax.checks import PRECISIONS
+from stackwise_jax.checks.choices import PRECISIONS
 from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.overrides import apply_overrides
 from stackwise_jax.schema import RunConfig
 
 WARMUP_STEPS = 5
@@ -180,6 +180,7 @@ class CompiledStep:
     compiled: Any
     state: Any
     batch: Any
+    fractions: Any
     compile_seconds: float
     index: int = 0
 
@@ -187,7 +188,7 @@ class CompiledStep:
         """One update; returns its metrics, still on their way."""
         import numpy as np
 
-        arguments = ({"frozen_stacks": []}, self.batch, None, np.float32(1.0), np.int32(self.index))
+        arguments = ({"frozen_stacks": []}, self.batch, None, self.fractions, np.int32(self.index))
         self.state, metrics = self.compiled(self.state, *arguments)
         self.index += 1
         return metrics
@@ -203,23 +204,28 @@ def compile_step(config: RunConfig) -> CompiledStep:
     import jax
     import numpy as np
 
-    from stackwise_jax.objectives.objective import make_corrupt
-    from stackwise_jax.train.curriculum import make_curriculum, signature
-    from stackwise_jax.train.state import fresh_lasting_parts, fresh_stacks, join_states
+    from stackwise_jax.train.branches import update_order
+    from stackwise_jax.train.curriculum import make_curriculum
+    from stackwise_jax.train.phases import signature
+    from stackwise_jax.train.scaling import init_scaling
+    from stackwise_jax.train.state import Frozen, PartSource, joined, part_names
     from stackwise_jax.train.step import Program, make_train_step
     from stackwise_jax.types import Vocabulary
 
     vocabulary = Vocabulary(config.model.vocab_size, mask_id=0, special_ids=())
-    program = Program(config, make_corrupt(config.objective, vocabulary, n_rows=config.training.batch_size))
+    program = Program(config, vocabulary, config.training.batch_size)
     phases = make_curriculum(config)
-    sig = signature(phases[0], phases, config)
-    lasting = fresh_lasting_parts(config, program.key, phases[0], sig)
-    state = join_states(lasting, fresh_stacks(config, program.key, phases[0]))
+    phase = phases[0]
+    sig = signature(phase, phase.main, phases, config)
+    source = PartSource(config, program.key)
+    parts = source.begin(phase, {}, Frozen(), head_has_table=sig.head_has_table)
+    state = joined(parts, part_names(phase), init_scaling(config))
+    fractions = np.ones(len(update_order(phase.main)), np.float32)
     batch = jax.device_put(random_batch(config))
     started = time.perf_counter()
     train_step: Any = make_train_step(program, sig)
-    lowered = train_step.lower(state, {"frozen_stacks": []}, batch, None, np.float32(1.0), np.int32(0))
-    return CompiledStep(lowered.compile(), state, batch, time.perf_counter() - started)
+    lowered = train_step.lower(state, {"frozen_stacks": []}, batch, None, fractions, np.int32(0))
+    return CompiledStep(lowered.compile(), state, batch, fractions, time.perf_counter() - started)
 
 
 def measure(name: str, config: RunConfig, steps: int) -> Row:

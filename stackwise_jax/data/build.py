@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Int32
 
-from stackwise_jax.checks import weighted_sources
+from stackwise_jax.checks.text import weighted_sources
 from stackwise_jax.data.blocks import BlockWriter
 from stackwise_jax.data.sources import iterate_documents, source_bytes
 from stackwise_jax.data.split import MAX_ROWS, WEIGHT_TOTAL, Part, rows_without_repeats

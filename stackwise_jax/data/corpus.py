@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stackwise_jax.checks import weighted_sources
+from stackwise_jax.checks.text import weighted_sources
 from stackwise_jax.data.blocks import CheckedRows
 from stackwise_jax.data.build import FORMAT_VERSION, SPLITS, build_corpus, json_digest
 from stackwise_jax.data.digests import DigestMemo

@@ -39,16 +39,21 @@ def held_out_loss(
     loss, weight = np.concatenate([[], *losses]), np.concatenate([[], *weights])
     tokens = float(weight.sum())
     mean = float(loss.sum()) / tokens if tokens else math.nan
-    rest = {"tokens": tokens, "standard_error": _standard_error(loss[weight > 0], weight[weight > 0], mean)}
+    rest = {"tokens": tokens, "standard_error": ratio_error(loss, weight)}
     if target_bytes is None:
         return {"masked_cross_entropy": mean} | rest
     bits = float(loss.sum()) / math.log(2) / max(n_bytes, 1)
     return {"loss": mean, "perplexity": float(np.exp(mean)), "bits_per_byte": bits} | rest
 
 
-def _standard_error(loss: Float[np.ndarray, "n"], weight: Float[np.ndarray, "n"], mean: float) -> float:
-    """Of sum(loss) / sum(weight) over independent rows, to first order (Cochran, 1977, section 6.3)."""
+def ratio_error(loss: Float[np.ndarray, "n"], weight: Float[np.ndarray, "n"]) -> float:
+    """Standard error of sum(loss) / sum(weight) over independent rows, to first order (Cochran, 1977, section 6.3).
+
+    Rows of no weight do not count; nan for fewer than two others.
+    """
+    loss, weight = loss[weight > 0], weight[weight > 0]
     n = len(loss)
     if n < 2:
         return math.nan
+    mean = loss.sum() / weight.sum()
     return math.sqrt(n / (n - 1) * float(np.sum(np.square(loss - mean * weight)))) / float(weight.sum())

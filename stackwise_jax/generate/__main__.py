@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from stackwise_jax import config as config_lib
-from stackwise_jax.checks import REVEAL_ORDERS, SAMPLERS
+from stackwise_jax.checks.choices import REVEAL_ORDERS, SAMPLERS
 from stackwise_jax.command import required_workdir, run_command
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import RunConfig
@@ -57,6 +57,8 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=LARGEST_SEED, flag_values=options)
     flags.DEFINE_integer("samples", 1, "Samples a prompt.", lower_bound=1, flag_values=options)
     flags.DEFINE_integer("stacks", None, "Read only the first stacks.", lower_bound=1, flag_values=options)
+    form_help = "How the bands of a run whose time is depth are run: as trained, or step_local."
+    flags.DEFINE_string("form", None, form_help, flag_values=options)
     return options
 
 
@@ -65,6 +67,7 @@ def main(options: Any) -> None:
     workdir = required_workdir(options)
     if options.prompt is not None and options.infill is not None:
         raise UserError("--prompt and --infill are one or the other; give the text with its holes in --infill")
+    from stackwise_jax.generate.depth import depth_of
     from stackwise_jax.generate.texts import continue_texts, fill_texts, printable
     from stackwise_jax.memory.placement import start_backend
     from stackwise_jax.train.trained import load_trained
@@ -76,7 +79,8 @@ def main(options: Any) -> None:
     given = [config.generation.prompt] if options.prompt is None else options.prompt
     given = given if options.infill is None else options.infill
     repeated = list(itertools.chain.from_iterable([text] * options.samples for text in given))
-    samples = read(trained.rack, config, trained.tokenizer, repeated, seed=options.seed)
+    depth = depth_of(config, trained.rack, trained.tap, form=options.form)
+    samples = read(trained.rack, config, trained.tokenizer, repeated, seed=options.seed, depth=depth)
     for number, sample in enumerate(samples.rows, start=1):
         if len(repeated) > 1:
             print(f"--- {number} of {len(repeated)}")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from stackwise_jax.errors import UserError
 from stackwise_jax.generate.sampling import present, sample
 from stackwise_jax.models.block import Context, KeyValues
-from stackwise_jax.models.rack import decode_rack, init_key_values
+from stackwise_jax.models.rack import decode_rack, init_key_values, time_vector
 from stackwise_jax.ops.mask import decoding_mask
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
@@ -129,6 +129,7 @@ def _read(
         positions=jnp.maximum(places - first[:, None], 0),
         mask=decoding_mask(places, slots, first),
         write_at=places[0, 0],
+        time=time_vector(rack["embedding"], jnp.zeros(len(tokens))) if model.time_input else None,  # nothing is masked
     )
     return decode_rack(rack, tokens, context, stored, model, dtype=dtype)
 

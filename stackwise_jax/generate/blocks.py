@@ -21,7 +21,7 @@ from stackwise_jax.generate.denoise import check_length, logits_of_places
 from stackwise_jax.generate.reveal import Rows, Rule, begin_rows, reveal_until
 from stackwise_jax.generate.sampling import present
 from stackwise_jax.models.block import Context, KeyValues
-from stackwise_jax.models.rack import decode_stacks, init_key_values, rack_logits
+from stackwise_jax.models.rack import decode_stacks, init_key_values, rack_logits, time_vector
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Keys, Params
 
@@ -49,21 +49,30 @@ class BlockDenoiser:
     dtype: DTypeLike = dataclasses.field(metadata={"static": True})
 
     def __call__(self, tokens: Int[Array, "B T"], rate: Float[Array, "B"]) -> Float[Array, "B T V"]:
-        del rate  # a rack counts the masks itself
-        logits = self.read(tokens)[0]
+        logits = self.read(tokens, rate)[0]
         return logits if self.before is None else logits_of_places(logits, self.before)
 
-    def read(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], list[KeyValues]]:
-        """Logits at every place of the blocks that `tokens` are, and the store with them in it."""
+    def read(
+        self, tokens: Int[Array, "B T"], rate: Float[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B T V"], list[KeyValues]]:
+        """Logits at every place of the blocks that `tokens` are, and the store with them in it.
+
+        Args:
+          rate: masked share of these blocks, for a rack that is told. None: they are finished.
+        """
         slots = self.stored[0].keys.shape[2] if self.stored else 1  # a rack without stacks stores nothing
         places = jnp.broadcast_to(self.start + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         context = Context(
             positions=jnp.maximum(places - self.first[:, None], 0),
             mask=see_blocks(places, slots, self.first, self.end, self.block_length),
             write_at=self.start,
+            time=self._time(jnp.zeros(len(tokens)) if rate is None else rate),
         )
         x, stored = decode_stacks(self.rack, tokens, context, self.stored, self.model, dtype=self.dtype)
-        return rack_logits(self.rack, x, self.model), stored
+        return rack_logits(self.rack, x, self.model, context.time), stored
+
+    def _time(self, rate: Float[Array, "B"]) -> Float[Array, "B C"] | None:
+        return time_vector(self.rack["embedding"], rate) if self.model.time_input else None
 
 
 def see_blocks(

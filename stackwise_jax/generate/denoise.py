@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stackwise_jax.errors import UserError
 from stackwise_jax.generate.reveal import Denoiser, Rows, Rule, begin_rows, reveal_until
-from stackwise_jax.models.rack import apply_embedding, rack_logits, row_context
+from stackwise_jax.models.rack import apply_embedding, rack_logits, row_context, time_vector
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.schema import ModelConfig
-from stackwise_jax.types import Keys, Params
+from stackwise_jax.types import AnyArray, Keys, Params
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +34,8 @@ class RackDenoiser:
       shift: the head predicts the next place, so what it says of a place is read one place before it. The first place
         of a row then has no prediction of its own and must be given.
       rescales_mask: E([MASK]) is brought to the root mean square of the embedding (step-local execution).
+      segments, positions: of packed rows, as in `Batch`; such a denoiser reads these rows alone. None: a row is one
+        text, padded on the right.
     """
 
     rack: Params
@@ -43,17 +45,23 @@ class RackDenoiser:
     dtype: DTypeLike = dataclasses.field(metadata={"static": True})
     shift: bool = dataclasses.field(default=False, metadata={"static": True})
     rescales_mask: bool = dataclasses.field(default=False, metadata={"static": True})
+    segments: Int[AnyArray, "B T"] | None = None
+    positions: Int[AnyArray, "B T"] | None = None
 
     def __call__(self, tokens: Int[Array, "B T"], rate: Float[Array, "B"]) -> Float[Array, "B T V"]:
-        del rate  # a rack counts the masks itself
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        context = row_context(self.model, (tokens != self.pad_id).astype(jnp.int32), positions)
+        # A rack that is not told the share of masks counts them itself.
+        time = time_vector(self.rack["embedding"], rate) if self.model.time_input else None
+        positions = self.positions
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        segments = (tokens != self.pad_id).astype(jnp.int32) if self.segments is None else self.segments
+        context = row_context(self.model, segments, positions, time=time)
         x = apply_embedding(self.rack["embedding"], tokens, positions, self.model, dtype=self.dtype)
         if self.rescales_mask:
             x = jnp.where((tokens == self.mask_id)[:, :, None], self._as_embedding(x), x)
         for stack in self.rack["stacks"]:
             x = apply_stack(stack, x, context, self.model, dtype=self.dtype)
-        logits = rack_logits(self.rack, x, self.model)
+        logits = rack_logits(self.rack, x, self.model, time)
         return logits_of_places(logits, logits[:, 0]) if self.shift else logits
 
     def _as_embedding(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -6,7 +6,7 @@ edge of the next band; a row whose share is lower already, as in infilling, begi
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,14 @@ from jaxtyping import Array, Bool, Int
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.generate.denoise import RackDenoiser, count_ordinary
 from stackwise_jax.generate.reveal import Denoiser, Rows, Rule, begin_rows, reveal_until
-from stackwise_jax.schema import ModelConfig
+from stackwise_jax.schema import ModelConfig, RunConfig
+from stackwise_jax.train.curriculum import band_edges, band_stacks, is_depth
+from stackwise_jax.train.phases import stack_sizes
 from stackwise_jax.types import Keys, Params
 
 FORMS = ("independent", "suffix", "prefix", "step_local")
+# How the bands of a run can be read by the direction in which they were trained, the way they were trained first.
+FORMS_OF = {"independent": ("independent",), "right_to_left": ("suffix", "step_local"), "left_to_right": ("prefix",)}
 Edges = tuple[float, float]
 """(low, high) masked share of a band; equal for a level."""
 
@@ -33,13 +37,51 @@ class Depth:
       bands: masked shares (low, high) of each band, leftmost stacks first.
       stacks: of each band, likewise.
       form: how bands are run; see `make_band_denoisers`.
-      heads: tapped after each band; None: the rack's for all.
+      heads: tapped after each band, or None for the rack's; None: the rack's for all.
     """
 
     bands: tuple[Edges, ...]
     stacks: tuple[tuple[int, ...], ...]
     form: str
-    heads: tuple[Params, ...] | None = None
+    heads: tuple[Params | None, ...] | None = None
+
+
+def depth_of(
+    config: RunConfig, rack: Params, tap: Callable[[int], Params | None], *, form: str | None = None
+) -> Depth | None:
+    """How a run lays noise out over depth; None where its time is not depth.
+
+    Args:
+      rack: of the run.
+      tap: the head as it stood when the phase of a stack had ended; None where it is the rack's.
+      form: how its bands are to be run; None: as they were trained.
+
+    Raises:
+      UserError: the run cannot be read so, or the rack has not all of its stacks.
+    """
+    if not is_depth(config):
+        if form is not None:
+            raise UserError(
+                f"--form={form} is for runs whose time is depth, and this one has objective.time="
+                f"{config.objective.time!r}; leave it out"
+            )
+        return None
+    direction = config.training.progressive.direction
+    forms = FORMS_OF[direction]
+    if form not in (None, *forms):
+        raise UserError(
+            f"--form={form}: bands trained with training.progressive.direction={direction!r} can be run as: "
+            + ", ".join(forms)
+        )
+    stacks, n_stacks = band_stacks(config), len(stack_sizes(config))
+    if len(rack["stacks"]) < n_stacks:
+        raise UserError(
+            f"{len(rack['stacks'])} of {n_stacks} stacks are there, and a run whose time is depth is read band by band "
+            "through all of them; leave --stacks out, and let the run finish"
+        )
+    # A band's phase leaves its head under the last of its stacks, where the head lived on.
+    heads = tuple(tap(own[-1]) for own in stacks)
+    return Depth(band_edges(config), stacks, form or forms[0], heads)
 
 
 def make_band_denoisers(
@@ -52,7 +94,7 @@ def make_band_denoisers(
     pad_id: int,
     dtype: DTypeLike,
     shift: bool = False,
-    heads: Sequence[Params] | None = None,
+    heads: Sequence[Params | None] | None = None,
 ) -> tuple[RackDenoiser, ...]:
     """A denoiser for each band, in the order of `stacks`.
 
@@ -64,7 +106,7 @@ def make_band_denoisers(
         step_local: the band's stacks alone, on the running state of suffix-trained bands, in which visible places hold
         E(token) and masked ones E([MASK]) at the embedding's root mean square. What a band has put out enters the
         next through the tokens that it revealed.
-      heads: tapped after each band; None: the rack's for all.
+      heads: as in `Depth`.
 
     Raises:
       UserError: an unknown form.
@@ -76,7 +118,7 @@ def make_band_denoisers(
         first = 0 if form == "prefix" else min(own)
         last = len(rack["stacks"]) - 1 if form == "suffix" else max(own)
         parts = {**rack, "stacks": rack["stacks"][first : last + 1]}
-        if heads is not None:
+        if heads is not None and heads[band] is not None:
             parts["head"] = heads[band]
         denoisers.append(
             RackDenoiser(parts, model, mask_id, pad_id, dtype, shift=shift, rescales_mask=form == "step_local")

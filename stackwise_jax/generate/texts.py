@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from stackwise_jax.checks import samplers
+from stackwise_jax.checks.generation import block_length, reading_attention, samplers
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evals.diversity import distinct, token_entropy
@@ -80,7 +80,8 @@ def continue_texts(
     """
     generation = config.generation
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    sampler = samplers(config)[0] if generation.sampler == "auto" else generation.sampler
+    sampler = _sampler(config)
+    config = _as_read(config, sampler)
     if depth is not None or sampler == "denoise":
         parts = [[prompt, generation.tokens] for prompt in prompts]
         return _fill(rack, config, tokenizer, parts, seed=seed, depth=depth)
@@ -102,19 +103,21 @@ def continue_texts(
             dtype=DTYPES[config.precision.compute],
         )
     else:
-        if generation.block_length is None:
+        length = block_length(config)
+        if length is None:
             raise ValueError("blocks have no length; resolve() sees to it")
         continued, passes = generate_blocks(
             rack,
             config.model,
             ids,
             tokens=generation.tokens,
-            block_length=generation.block_length,
+            block_length=length,
             keys=row_keys(jax.random.key(seed), len(ids)),
             allowed=allowed,
             rule=_rule(config, tokenizer),
             pad_id=tokenizer.pad_id,
             dtype=DTYPES[config.precision.compute],
+            shift=config.objective.shift,
             steps=generation.steps,
         )
     new = [row[len(given) :] for row, given in zip(continued, ids, strict=True)]
@@ -136,11 +139,12 @@ def fill_texts(
     Raises:
       UserError: the run does not fill in, a text has no hole, or see `continue_texts`.
     """
-    sampler = samplers(config)[0] if config.generation.sampler == "auto" else config.generation.sampler
+    sampler = _sampler(config)
     if depth is None and sampler != "denoise":
         others = "" if "denoise" not in samplers(config) else ", or choose the sampler 'denoise', which fills holes"
         raise UserError(f"--infill: the sampler {sampler!r} of this run continues texts only; give --prompt{others}")
-    return _fill(rack, config, tokenizer, [parse_holes(text) for text in texts], seed=seed, depth=depth)
+    parts = [parse_holes(text) for text in texts]
+    return _fill(rack, _as_read(config, "denoise"), tokenizer, parts, seed=seed, depth=depth)
 
 
 def parse_holes(text: str) -> list[str | int]:
@@ -211,7 +215,8 @@ def _fill_canvas(
     rule, allowed = _rule(config, tokenizer), allowed_ids(tokenizer, model.vocab_size, ends=False)
     mask_id, pad_id = tokenizer.mask_id, tokenizer.pad_id
     if depth is None:
-        denoiser, length = RackDenoiser(rack, model, mask_id, pad_id, dtype), generation.block_length
+        denoiser = RackDenoiser(rack, model, mask_id, pad_id, dtype, shift=config.objective.shift)
+        length = generation.block_length
         return denoise(
             denoiser, canvas, keys=keys, allowed=allowed, rule=rule, steps=generation.steps, block_length=length
         )
@@ -221,11 +226,29 @@ def _fill_canvas(
             "together, band by band; leave it at None"
         )
     denoisers = make_band_denoisers(
-        rack, model, depth.stacks, form=depth.form, mask_id=mask_id, pad_id=pad_id, dtype=dtype, heads=depth.heads
+        rack,
+        model,
+        depth.stacks,
+        form=depth.form,
+        mask_id=mask_id,
+        pad_id=pad_id,
+        dtype=dtype,
+        shift=config.objective.shift,
+        heads=depth.heads,
     )
     return denoise_by_depth(
         denoisers, depth.bands, canvas, keys=keys, allowed=allowed, rule=rule, steps=generation.steps
     )
+
+
+def _sampler(config: RunConfig) -> str:
+    return samplers(config)[0] if config.generation.sampler == "auto" else config.generation.sampler
+
+
+def _as_read(config: RunConfig, sampler: str) -> RunConfig:
+    """The config with the attention under which a sampler reads the run."""
+    attention = reading_attention(config, sampler)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
 
 
 def _rule(config: RunConfig, tokenizer: Tokenizer) -> Rule:

@@ -27,11 +27,14 @@ from stackwise_jax.interop.shards import Shards, write_shards
 from stackwise_jax.interop.tokenizer_files import keep_companions, read_tokenizer, special_ids, write_tokenizer
 from stackwise_jax.memory.placement import to_host
 from stackwise_jax.memory.precision import from_storage
+from stackwise_jax.models.adapters import merge
 from stackwise_jax.models.stack import stack_size
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.checkpoint import read_meta, read_part, write_folder, write_text
-from stackwise_jax.train.curriculum import make_curriculum, stack_sizes
+from stackwise_jax.train.curriculum import make_curriculum
 from stackwise_jax.train.folder import RunFolder, committed, make_part
+from stackwise_jax.train.phases import stack_sizes
+from stackwise_jax.train.position import Position, no_references
 from stackwise_jax.train.state import part_shape
 from stackwise_jax.types import Params
 
@@ -108,7 +111,7 @@ def import_folder(source: Path, target: Path, say: Say) -> None:
         keep_companions(source, target)
         references = _write_parts(folder, config, family, weights, say)
         _refuse_leftovers(weights, config.model, say)
-        position = {"phase": 1, "phase_step": 0, "step": 0, "done_flops": 0.0, "held_out": {}}
+        position = dataclasses.asdict(Position(phase=1))
         folder.save(0, 1, {}, {"position": position, "parts": references}, [], keep=1, required=True)
         folder.flush()
     except BaseException:
@@ -170,7 +173,7 @@ def _write_parts(folder: RunFolder, config: RunConfig, family: str, weights: Wei
         except ValueError as error:
             raise UserError(f"the weights do not fit config.json: {error}") from None
 
-    references: dict[str, dict[str, str]] = {"taps": {}, "stacks": {}}
+    references = no_references()
     references["embedding"] = {"embedding": write("embedding", "embedding", "embedding", read("embedding"))}
     for block in range(model.n_blocks):
         stack = jax.tree.map(lambda leaf: leaf[None], read("block", block))
@@ -210,6 +213,15 @@ class FinishedRun:
         """A part as it is stored, verified."""
         shape = part_shape(self.config, jax.random.key(0), kind, name)
         return read_part(self.folder / "stacks" / self.references[kind][name], shape)[0]
+
+    def read_stack(self, name: str) -> Params:
+        """A stack as plain arrays, its adapter merged if it has one."""
+        stack, is_adapted = self.read("stacks", name), name in self.references["adapters"]
+        if is_adapted or self.config.precision.trunk not in ("fp32", "bf16", "fp16"):
+            stack = from_storage(stack, jnp.float32)
+        if is_adapted:
+            stack = merge(stack, self.read("adapters", name), self.config.training.adapters.alpha)
+        return to_host(stack)
 
 
 def open_finished(folder: Path) -> FinishedRun:
@@ -289,9 +301,7 @@ def _their_arrays(
     yield from out("embedding", run.read("embedding", "embedding"))
     block = 0
     for number in range(len(stack_sizes(run.config))):
-        stack = run.read("stacks", str(number))
-        if run.config.precision.trunk not in ("fp32", "bf16", "fp16"):
-            stack = to_host(from_storage(stack, jnp.float32))
+        stack = run.read_stack(str(number))
         for index in range(stack_size(stack)):
             yield from out("block", jax.tree.map(lambda leaf, i=index: leaf[i], stack), block)
             block += 1

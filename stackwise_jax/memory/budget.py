@@ -36,18 +36,24 @@ def stored_block_bytes(config: RunConfig, fsdp: int = 1) -> int:
     )
 
 
-def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs of one block a token, forward; of the mean of all blocks where they are unlike."""
+def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None = None) -> float:
+    """FLOPs of one block a token, forward; of the mean of all blocks where they are unlike.
+
+    Args:
+      attention: kind of mask, where it is not the model's; block diffusion runs every row twice, side by side.
+    """
     table = weights.block_table(model)
     kernels = [table["mlp"], table["attention"]]
     matrices = sum(w.size for part in kernels for linear in part.values() for w in linear.values() if w.is_matrix)
+    kind = attention or model.attention
+    seen = _places_seen(model, seq_len, kind)
     head_width = typing.cast(int, model.d_head)
-    return 2.0 * matrices + 4.0 * _places_seen(model, seq_len) * model.n_heads * head_width
+    return (2.0 if kind == "block_diffusion" else 1.0) * (2.0 * matrices + 4.0 * seen * model.n_heads * head_width)
 
 
-def _places_seen(model: ModelConfig, seq_len: int) -> float:
+def _places_seen(model: ModelConfig, seq_len: int, kind: str) -> float:
     """Places that a place attends to, in the mean over places and blocks, whatever is masked away besides."""
-    sides = 1 if model.attention == "causal" else 2
+    sides = 1 if kind == "causal" else 2
     whole = sides * seq_len / 2
     if model.window is None:
         return whole
@@ -64,7 +70,15 @@ def head_forward_flops(model: ModelConfig) -> float:
 
 
 def step_flops_per_token(
-    model: ModelConfig, seq_len: int, *, live_blocks: int, passed_blocks: int, trunk_blocks: int, table_is_live: bool
+    model: ModelConfig,
+    seq_len: int,
+    *,
+    live_blocks: int,
+    passed_blocks: int,
+    trunk_blocks: int,
+    table_is_live: bool,
+    adapter_parameters: int = 0,
+    attention: str | None = None,
 ) -> float:
     """FLOPs a token of one update.
 
@@ -73,10 +87,13 @@ def step_flops_per_token(
       passed_blocks: frozen, with gradient through them (2 forward costs).
       trunk_blocks: frozen and recomputed (1 forward cost); 0 when cached.
       table_is_live: the output table takes a gradient.
+      adapter_parameters: of low-rank parts, trained.
+      attention: as in `block_forward_flops`.
     """
-    block = block_forward_flops(model, seq_len)
-    blocks = (3 * live_blocks + 2 * passed_blocks + trunk_blocks) * block
-    return blocks + (3 if table_is_live else 2) * head_forward_flops(model)
+    block = block_forward_flops(model, seq_len, attention)
+    blocks = (3 * live_blocks + 2 * passed_blocks + trunk_blocks) * block + 6.0 * adapter_parameters
+    head = head_forward_flops(model) * (2 if attention == "block_diffusion" else 1)
+    return blocks + (3 if table_is_live else 2) * head
 
 
 def cache_bytes(config: RunConfig, n_rows: int, variants: int) -> int:

@@ -28,8 +28,10 @@ def adapter_table(model: ModelConfig, rank: int, targets: str) -> weights.Table:
       ValueError: a name that no linear map of the block has.
     """
     names = {name.strip() for name in targets.split(",")}
-    found = {"all"}
-    table = _of_targets(weights.block_table(model), "", names, rank, found)
+    found, block = {"all"}, weights.block_table(model)
+    # The rest of a block are norms, vectors, and the adaptive norms' map, which reads a row's time and no activations.
+    maps = {part: block[part] for part in ("attention", "mlp")}
+    table = _of_targets(maps, "", names, rank, found)
     if not names <= found:
         raise ValueError(f"targets={targets!r}: no linear map of the block is called {sorted(names - found)}")
     return table

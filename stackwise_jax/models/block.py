@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from stackwise_jax.models.layers import FeedForward, Linear, Norm, dropout
+from stackwise_jax.models.layers import FeedForward, Linear, Modulation, Norm, dropout, modulations
 from stackwise_jax.ops.attention import attention
 from stackwise_jax.ops.mask import Mask, within_window
 from stackwise_jax.ops.rope import apply_rope, rope_frequencies
@@ -21,17 +21,19 @@ from stackwise_jax.types import Key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What attention needs besides activations.
+    """What a block needs besides activations.
 
     Attributes:
       positions: place of each query inside its document.
       mask: a `Mask`, or the array that says which stored keys each query sees when decoding.
       write_at: with stored keys, the slot that the first query's key goes to.
+      time: what blocks are told of each row's masked fraction (`models.rack.time_vector`), where `model.time_input`.
     """
 
     positions: Int[Array, "B T"]
     mask: Mask | Bool[Array, "B 1 T S"]
     write_at: Int[Array, ""] | int = 0
+    time: Float[Array, "B C"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +114,8 @@ class Block(nn.Module):
     """Attention and feed-forward, each with a residual connection and a norm before (pre) or after the sum (post).
 
     With `model.stability.residual_gain` what both add is multiplied by one learned number of the block (ReZero;
-    Bachlechner et al., 2021).
+    Bachlechner et al., 2021). With `model.time_input` both norms, in either position, are scaled and shifted by what
+    the time vector maps to (adaptive norms; Peebles and Xie, 2023, without their gates).
     """
 
     model: ModelConfig
@@ -133,22 +136,30 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         is_local = self._fact("is_local")
+        attention_change, mlp_change = self._modulations(context)
         if self.model.norm_position == "pre":
-            mixed, stored = self.attention(self._read(x), context, stored, is_local)
+            mixed, stored = self.attention(self._read(x, attention_change), context, stored, is_local)
             x = x + self._branch(mixed, attention_key)
-            return x + self._branch(self.mlp(self.mlp_norm(x)), mlp_key), stored
+            return x + self._branch(self.mlp(self.mlp_norm(x, mlp_change)), mlp_key), stored
         mixed, stored = self.attention(x, context, stored, is_local)
-        x = self.attention_norm(x + self._branch(mixed, attention_key))
-        return self.mlp_norm(x + self._branch(self.mlp(x), mlp_key)), stored
+        x = self.attention_norm(x + self._branch(mixed, attention_key), attention_change)
+        return self.mlp_norm(x + self._branch(self.mlp(x), mlp_key), mlp_change), stored
+
+    def _modulations(self, context: Context) -> tuple[Modulation | None, Modulation | None]:
+        """Of the two norms."""
+        if not self.model.time_input:
+            return None, None
+        of_attention, of_mlp = modulations(self.get_variable("params", "adaptive"), context.time, 2)
+        return of_attention, of_mlp
 
     def _fact(self, name: str) -> Float[Array, ""] | None:
         """See `weights.block_facts`; None where all blocks are alike in it."""
         fact = self.get_variable("params", name)
         return None if fact is None else jax.lax.stop_gradient(fact)
 
-    def _read(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What attention reads of a pre-norm block."""
-        normed, is_first = self.attention_norm(x), self._fact("is_first")
+    def _read(self, x: Float[Array, "B T D"], change: Modulation | None) -> Float[Array, "B T D"]:
+        """What attention reads of a pre-norm block; without a norm nothing tells it the time."""
+        normed, is_first = self.attention_norm(x, change), self._fact("is_first")
         return normed if is_first is None else jnp.where(is_first > 0, x, normed)
 
     def _branch(self, added: Float[Array, "B T D"], key: Key | None) -> Float[Array, "B T D"]:

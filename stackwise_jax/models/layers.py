@@ -10,7 +10,7 @@ from stackwise_jax.ops.activation import activate
 from stackwise_jax.ops.matmul import matmul
 from stackwise_jax.ops.norm import normalise
 from stackwise_jax.schema import ModelConfig
-from stackwise_jax.types import Key
+from stackwise_jax.types import Key, Params
 
 
 class Linear(nn.Module):
@@ -25,18 +25,54 @@ class Linear(nn.Module):
         return y if bias is None else jnp.add(y, _as_row(bias.astype(self.dtype), y))
 
 
+Modulation = tuple[Float[Array, "B D"], Float[Array, "B D"]]
+"""What a norm's output is multiplied by, less 1, and shifted by, in float32: the same for all places of a row."""
+
+
 class Norm(nn.Module):
     """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016), in float32 inside, in x's dtype outside."""
 
     model: ModelConfig
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return apply_norm(self.get_variable("params", "scale"), self.get_variable("params", "bias"), x, self.model)
+    def __call__(self, x: Float[Array, "*B D"], modulation: Modulation | None = None) -> Float[Array, "*B D"]:
+        scale, bias = self.get_variable("params", "scale"), self.get_variable("params", "bias")
+        return apply_norm(scale, bias, x, self.model, modulation)
 
 
-def apply_norm(scale: Array, bias: Array | None, x: Float[Array, "*B D"], model: ModelConfig) -> Float[Array, "*B D"]:
-    """Normalises the last axis; `bias` is None for RMSNorm."""
-    return normalise(x, scale, bias, subtracts_mean=model.norm == "layernorm", epsilon=model.norm_epsilon)
+def apply_norm(
+    scale: Float[Array, "D"],
+    bias: Float[Array, "D"] | None,
+    x: Float[Array, "*B D"],
+    model: ModelConfig,
+    modulation: Modulation | None = None,
+) -> Float[Array, "*B D"]:
+    """Normalises the last axis; `bias` is None for RMSNorm. Under a modulation (s, t) y becomes y * (1 + s) + t."""
+    row_scale, row_bias = scale, bias
+    if modulation is not None:
+        # Scale and bias of each row, so that the norm does it in the pass that it makes anyway, and keeps no more.
+        factor, shift = 1.0 + modulation[0], modulation[1]
+        row_scale = scale.astype(jnp.float32)[None, :] * factor
+        row_bias = shift if bias is None else bias.astype(jnp.float32)[None, :] * factor + shift
+    return normalise(x, row_scale, row_bias, subtracts_mean=model.norm == "layernorm", epsilon=model.norm_epsilon)
+
+
+def modulations(adaptive: Params, time: Float[Array, "B C"] | None, n_norms: int) -> list[Modulation]:
+    """The modulation of each of `n_norms` norms, a linear function of the time vector (Peebles and Xie, 2023).
+
+    In float32 whatever the rest is in: it is computed once a row, not once a token.
+
+    Args:
+      adaptive: "kernel" [C, 2 * n_norms * D], of any storage, and "bias"; scale and shift of the first norm, then of
+        the next.
+
+    Raises:
+      ValueError: there is no time vector.
+    """
+    if time is None:
+        raise ValueError("a model with time_input=True needs the time: Context.time is None")
+    mapped = matmul(time, adaptive["kernel"], dtype=jnp.float32) + adaptive["bias"].astype(jnp.float32)[None, :]
+    parts = jnp.split(mapped, 2 * n_norms, axis=-1)
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _as_row(vector: Array, like: Array) -> Array:

@@ -7,12 +7,13 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.models import weights
 from stackwise_jax.models.block import Context, KeyValues
-from stackwise_jax.models.layers import apply_norm, dropout
+from stackwise_jax.models.layers import apply_norm, dropout, modulations
 from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
 from stackwise_jax.ops.activation import activate
 from stackwise_jax.ops.mask import Mask, MaskKind
@@ -25,6 +26,9 @@ EMBEDDING_STREAM, BLOCKS_STREAM, HEAD_STREAM = 0, 1, 2
 # Columns that a bias on logits takes in the output table: rows of 16-bit numbers stay aligned to 16 bytes, as matrix
 # units want them.
 BIAS_COLUMNS = 8
+
+# A masked fraction is told as DiT tells its 1000 steps: waves of 1 to 10000 radians a step.
+TIME_STEPS, LONGEST_TIME = 1000.0, 10000.0
 
 
 def init_embedding(key: Key, model: ModelConfig) -> Params:
@@ -55,7 +59,9 @@ def init_rack(key: Key, model: ModelConfig, sizes: tuple[int, ...]) -> Params:
 def count_parameters(model: ModelConfig) -> int:
     """Parameters of a whole rack, a tied table counted once."""
     block = weights.block_table(model)
-    unused = 0 if model.first_attention_norm else weights.count(block["attention_norm"])
+    unused = 0
+    if not model.first_attention_norm:  # nor what would tell it the time, half of what tells both norms
+        unused = weights.count(block["attention_norm"]) + weights.count(block.get("adaptive", {})) // 2
     return (
         weights.count(weights.embedding_table(model))
         + model.n_blocks * weights.count(block)
@@ -85,16 +91,42 @@ def apply_embedding(
     return dropout(x.astype(dtype), model.dropout, key)
 
 
-def apply_head_norm(params: Params, x: Float[Array, "B T D"], model: ModelConfig) -> Float[Array, "B T E"]:
+def time_vector(embedding: Params, rates: Float[Array, "B"]) -> Float[Array, "B C"]:
+    """What blocks of a model with `time_input` are told: a function of each row's masked fraction, in float32.
+
+    64 pairs of cosine and sine of 1000 r, of geometric frequencies from 1 down to about 1/10000, two maps, SiLU after
+    each: the time of DiT (Peebles and Xie, 2023), at the width that MDLM has it (Sahoo et al., 2024).
+
+    Args:
+      embedding: parameters of the embedding, whole.
+      rates: masked fractions in [0, 1]; 0 is a row without masks.
+    """
+    half = weights.TIME_FEATURES // 2
+    frequencies = (LONGEST_TIME ** (-np.arange(half) / half)).astype(np.float32)
+    angles = TIME_STEPS * rates.astype(jnp.float32)[:, None] * frequencies[None, :]
+    vector = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    for name in ("first", "second"):
+        own = embedding["time"][name]
+        vector = jax.nn.silu(matmul(vector, own["kernel"], dtype=jnp.float32) + own["bias"][None, :])
+    return vector
+
+
+def apply_head_norm(
+    params: Params, x: Float[Array, "B T D"], model: ModelConfig, time: Float[Array, "B C"] | None = None
+) -> Float[Array, "B T E"]:
     """What stands between the last stack and the output table: the final norm, and BERT's map, activation and norm.
 
     A post-norm block already ends in a norm, and a rack without the map needs none here.
+
+    Args:
+      time: `Context.time`, where `model.time_input`; it changes the final norm.
 
     Returns:
       as wide as the rows of `output_table`, so that their products are the logits.
     """
     if model.norm_position == "pre":
-        x = apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model)
+        modulation = modulations(params["adaptive"], time, 1)[0] if model.time_input else None
+        x = apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model, modulation)
     if model.head_transform:
         mapped = matmul(x.reshape(-1, x.shape[-1]), params["transform"]["kernel"], dtype=x.dtype)
         bias = params["transform"].get("bias")
@@ -120,9 +152,27 @@ def output_table(head: Params, embedding: Params) -> Float[Array, "V E"]:
     return jnp.concatenate([table, column], axis=1)
 
 
-def row_context(model: ModelConfig, segments: Int[Array, "B T"] | None, positions: Int[Array, "B T"]) -> Context:
-    """The context of whole packed rows; without segments a row is one document and attention takes its fast path."""
-    return Context(positions, Mask(kind=typing.cast(MaskKind, model.attention), segments=segments))
+def row_context(
+    model: ModelConfig,
+    segments: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"],
+    *,
+    kind: str | None = None,
+    prefix_lengths: Int[Array, "B"] | None = None,
+    block_length: int | None = None,
+    time: Float[Array, "B C"] | None = None,
+) -> Context:
+    """The context of whole packed rows; without segments a row is one document and attention takes its fast path.
+
+    Args:
+      segments, positions: of block_diffusion, those of a row twice, for its noised and its clean half.
+      kind: who sees whom (`ops.mask.Mask`), since one rack may be run under several; None: `model.attention`.
+      prefix_lengths: of kind prefix.
+      block_length: of kinds block_causal and block_diffusion.
+      time: `time_vector` of the rows' masked fractions, where `model.time_input`.
+    """
+    own_kind = typing.cast(MaskKind, model.attention if kind is None else kind)
+    return Context(positions, Mask(own_kind, segments, prefix_lengths, block_length), time=time)
 
 
 def apply_rack(
@@ -139,7 +189,7 @@ def apply_rack(
     x = apply_embedding(embedding, inputs, context.positions, model, dtype=dtype, token_types=token_types)
     for stack in rack["stacks"]:
         x = apply_stack(stack, x, context, model, dtype=dtype)
-    return apply_head_norm(rack["head"], x, model)
+    return apply_head_norm(rack["head"], x, model, context.time)
 
 
 def init_key_values(rack: Params, model: ModelConfig, batch: int, length: int, *, dtype: DTypeLike) -> list[KeyValues]:
@@ -162,7 +212,7 @@ def decode_rack(
 ) -> tuple[Float[Array, "B V"], list[KeyValues]]:
     """Reads `T` more places after those stored; returns float32 logits of the last one and what is stored now."""
     x, extended = decode_stacks(rack, inputs, context, stored, model, dtype=dtype)
-    return rack_logits(rack, x[:, -1:], model)[:, 0], extended
+    return rack_logits(rack, x[:, -1:], model, context.time)[:, 0], extended
 
 
 def decode_stacks(
@@ -183,8 +233,10 @@ def decode_stacks(
     return x, extended
 
 
-def rack_logits(rack: Params, x: Float[Array, "B T D"], model: ModelConfig) -> Float[Array, "B T V"]:
-    """float32 logits of what the last stack puts out."""
-    x = apply_head_norm(rack["head"], x, model)
+def rack_logits(
+    rack: Params, x: Float[Array, "B T D"], model: ModelConfig, time: Float[Array, "B C"] | None = None
+) -> Float[Array, "B T V"]:
+    """float32 logits of what the last stack puts out; `time` as in `apply_head_norm`."""
+    x = apply_head_norm(rack["head"], x, model, time)
     table = output_table(rack["head"], rack["embedding"])
-    return jnp.einsum("BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("BTE,VE->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -39,6 +39,16 @@ def init_stack(key: Key, model: ModelConfig, first_block: int | Array, n_blocks:
     return jax.vmap(draw)(first_block + jnp.arange(n_blocks))
 
 
+def placed(params: Params, model: ModelConfig, first_block: int | Array) -> Params:
+    """A stack from somewhere else as blocks `first_block ..` of the rack: what its place says of each block is new.
+
+    Args:
+      params: of any storage; its dtypes are kept.
+    """
+    facts = jax.vmap(lambda block: weights.block_facts(model, block))(first_block + jnp.arange(stack_size(params)))
+    return params | {name: fact.astype(params[name].dtype) for name, fact in facts.items()}
+
+
 def stack_size(params: Params) -> int:
     """Number of blocks in a stack."""
     return jax.tree.leaves(params)[0].shape[0]

@@ -50,6 +50,10 @@ class Weight:
 Table = dict[str, Any]
 """A tree of `Weight` with the structure of the parameters."""
 
+# Cosines and sines that a masked fraction is written as, and the width of the vector that blocks are told it by. It is
+# one number that is told, so the widths do not grow with the model's.
+TIME_FEATURES, TIME_WIDTH = 128, 128
+
 
 def _norm(model: ModelConfig) -> Table:
     scale = {"scale": Weight((model.d_model,), ("D",), "ones")}
@@ -65,8 +69,25 @@ def _linear(model: ModelConfig, inputs: tuple[int, str], outputs: tuple[int, str
     return table
 
 
+def _time_map(inputs: int) -> Table:
+    """A map of the time vector's network, which has a bias always, and a scale that no width of the model changes."""
+    kernel = Weight((inputs, TIME_WIDTH), ("C", "C"), std=1.0 / math.sqrt(inputs))
+    return {"kernel": kernel, "bias": Weight((TIME_WIDTH,), ("C",), "zeros")}
+
+
+def _adaptive(model: ModelConfig, n_norms: int) -> Table:
+    """From the time vector to a scale and a shift of each norm; zero at first, so that it changes nothing yet."""
+    outputs = 2 * n_norms * model.d_model
+    kernel = Weight((TIME_WIDTH, outputs), ("C", f"{2 * n_norms}D"), "zeros")
+    return {"kernel": kernel, "bias": Weight((outputs,), (f"{2 * n_norms}D",), "zeros")}
+
+
 def block_table(model: ModelConfig) -> Table:
-    """The weights of one block. Maps onto the residual stream start smaller by sqrt(2 * blocks) (GPT-2)."""
+    """The weights of one block. Maps onto the residual stream start smaller by sqrt(2 * blocks) (GPT-2).
+
+    With `model.time_input` its norms are adaptive (Peebles and Xie, 2023), which costs (C + 1) * 4 D = 516 D
+    parameters: 43 / D of the 12 D^2 of a block with F = 4 D, 5.6 percent at a width of 768 and 0.5 at 8192.
+    """
     std = model.init_std
     residual_std = std / math.sqrt(2 * model.n_blocks)
     head_width, kv_heads = typing.cast(int, model.d_head), typing.cast(int, model.n_kv_heads)
@@ -86,6 +107,8 @@ def block_table(model: ModelConfig) -> Table:
         "mlp_norm": _norm(model),
         "mlp": mlp,
     }
+    if model.time_input:
+        table["adaptive"] = _adaptive(model, 2)
     gain = model.stability.residual_gain
     if gain is not None:
         table["residual_gain"] = Weight((), (), "constant", value=gain)
@@ -107,7 +130,11 @@ def block_facts(model: ModelConfig, block: int | Array) -> dict[str, Array]:
 
 
 def embedding_table(model: ModelConfig) -> Table:
-    """The token table, and what there is of learned positions, token types and the norm after them."""
+    """The token table, and what there is of learned positions, token types, the norm after them and the time.
+
+    The time's network (`model.time_input`) lies here because it is settled with the embedding: what a frozen stack is
+    told never changes. It has 33,024 parameters whatever the width.
+    """
     table: Table = {"tokens": Weight((model.vocab_size, model.d_model), ("V", "D"), std=model.init_std)}
     if model.positions == "learned":
         positions = typing.cast(int, model.max_positions)
@@ -116,12 +143,19 @@ def embedding_table(model: ModelConfig) -> Table:
         table["token_types"] = Weight((model.token_types, model.d_model), ("V", "D"), std=model.init_std)
     if model.embedding_norm:
         table["norm"] = _norm(model)
+    if model.time_input:
+        table["time"] = {"first": _time_map(TIME_FEATURES), "second": _time_map(TIME_WIDTH)}
     return table
 
 
 def head_table(model: ModelConfig, *, tied: bool) -> Table:
-    """The final norm (pre-norm racks only), BERT's map if any, unless tied the output table, and its bias if any."""
+    """The final norm (pre-norm racks only), BERT's map if any, unless tied the output table, and its bias if any.
+
+    With `model.time_input` the final norm is adaptive: (C + 1) * 2 D = 258 D parameters.
+    """
     table: Table = {"norm": _norm(model)} if model.norm_position == "pre" else {}
+    if model.time_input and model.norm_position == "pre":
+        table["adaptive"] = _adaptive(model, 1)
     if model.head_transform:
         table["transform"] = _linear(model, (model.d_model, "D"), (model.d_model, "D"), model.init_std)
         table["transform_norm"] = _norm(model)

@@ -6,37 +6,31 @@ scores hides a subset, so the corruptions of one row at several rates are nested
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
-from stackwise_jax.types import Key
+from stackwise_jax.types import AnyArray, Key
 
-# 2**32 divided by the golden ratio: the additive recurrence with the lowest discrepancy (Knuth, TAOCP 3, 6.4).
-_GOLDEN = 2654435769
+# Streams of the mask key, so that scores, replacements, rates and prefixes are independent.
+SCORES, REPLACEMENTS, RATES, PREFIXES = 0, 1, 2, 3
 
 
-def row_key(key: Key, row_id: Int[Array, ""], variant: Int[Array, ""]) -> Key:
+def row_key(key: Key, row_id: Int[AnyArray, ""], variant: Int[AnyArray, ""]) -> Key:
     """The key of one corruption of one row."""
     return jax.random.fold_in(jax.random.fold_in(key, row_id), variant)
 
 
-def uniform_scores(key: Key, row_ids: Int[Array, "B"], variants: Int[Array, "B"], length: int) -> Float[Array, "B T"]:
+def uniform_scores(
+    key: Key, row_ids: Int[AnyArray, "B"], variants: Int[AnyArray, "B"], length: int
+) -> Float[Array, "B T"]:
     """One score in [0, 1) per place, the same whatever batch the row comes in."""
     return jax.vmap(lambda row, variant: jax.random.uniform(row_key(key, row, variant), (length,)))(row_ids, variants)
 
 
-def low_discrepancy_rates(
-    key: Key, row_ids: Int[Array, "B"], variants: Int[Array, "B"], *, n_rows: int, low: float, high: float
-) -> Float[Array, "B"]:
-    """Rates in (low, high] that cover the interval evenly over rows and variants.
-
-    frac(hash(seed) + golden ratio * (row + n_rows * variant)), in 32-bit integers so that no index is too large.
-    """
-    index = row_ids.astype(jnp.uint32) + jnp.uint32(n_rows) * variants.astype(jnp.uint32)
-    start: UInt32[Array, ""] = jax.random.bits(key, dtype=jnp.uint32)
-    sequence = start + jnp.uint32(_GOLDEN) * index
-    # 24 bits fit a float32 exactly; 1 - u turns [0, 1) into (0, 1].
-    unit = 1.0 - (sequence >> 8).astype(jnp.float32) / float(2**24)
-    return low + (high - low) * unit
+def hide(
+    scores: Float[Array, "B T"], eligible: Bool[Array, "B T"], rates: Float[Array, "B"], *, form: str
+) -> Bool[Array, "B T"]:
+    """The hidden places of each row at its rate, in the `bernoulli` or the `count` form."""
+    return (hide_by_count if form == "count" else hide_by_rate)(scores, eligible, rates)
 
 
 def hide_by_rate(
@@ -60,3 +54,24 @@ def hide_by_count(
     m = jnp.clip(jnp.ceil(rates * (n * (1.0 - 2.0**-22))).astype(jnp.int32), jnp.minimum(n, 1), n)
     rank = jnp.argsort(jnp.argsort(ranked, axis=1), axis=1)
     return eligible & (rank < m[:, None])
+
+
+def bound_weights(
+    hidden: Bool[Array, "B T"],
+    eligible: Bool[Array, "B T"],
+    rates: Float[Array, "B"],
+    density: Float[Array, "B"],
+    *,
+    form: str,
+) -> Float[Array, "B T"]:
+    """Weights of hidden places under which the mean over masks and rates is the bound's mean over the rows' bands.
+
+    density * 1/r where places are hidden by rate, density * n/m where m of n are hidden by count. The width of the band
+    is left out: it belongs to whoever adds bands up.
+
+    Args:
+      density: what `rates.rates_in` gives beside the rates.
+    """
+    by_count = jnp.sum(eligible, axis=1) / jnp.maximum(jnp.sum(hidden, axis=1), 1)
+    inverse = by_count if form == "count" else 1.0 / rates
+    return jnp.where(hidden, (density * inverse)[:, None], 0.0)

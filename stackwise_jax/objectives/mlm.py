@@ -1,51 +1,26 @@
 """Masked language modelling: hidden places predict themselves (Devlin et al., 2019), at one rate or over a range."""
 
-import typing
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from stackwise_jax.objectives import masks
+from stackwise_jax.objectives.masked import ask_for, hide_places
 from stackwise_jax.schema import ObjectiveConfig
 from stackwise_jax.types import Batch, Example, Key, Vocabulary
 
-# Streams of the mask key, so that scores, replacements and rates are independent.
-SCORES, REPLACEMENTS, RATES = 0, 1, 2
-HIDE = {"bernoulli": masks.hide_by_rate, "count": masks.hide_by_count}
-
 
 def corrupt(key: Key, batch: Batch, *, config: ObjectiveConfig, vocabulary: Vocabulary, n_rows: int) -> Example:
-    """Hides places of each row at its rate; the loss asks for exactly the hidden ones.
+    """Hides places of each row at its rate; the loss is the mean over exactly the hidden ones.
 
-    A row's rate and mask depend on (key, row, `batch.visits`) alone. Special tokens and padding are never hidden.
+    What is hidden and what is shown instead is a function of (key, row, `batch.visits`), but for stratified rates.
     """
-    scores = masks.uniform_scores(jax.random.fold_in(key, SCORES), batch.row_ids, batch.visits, batch.tokens.shape[1])
-    rates = masks.low_discrepancy_rates(
-        jax.random.fold_in(key, RATES),
-        batch.row_ids,
-        batch.visits,
-        n_rows=n_rows,
-        low=typing.cast(float, config.rate_min),
-        high=typing.cast(float, config.rate_max),
-    )
-    hidden = HIDE[config.mask_form](scores, eligible_places(batch, vocabulary), rates)
+    hidden = hide_places(key, batch, config=config, vocabulary=vocabulary, n_rows=n_rows)
     if config.replacement == "mask":
-        shown = jnp.where(hidden, vocabulary.mask_id, batch.tokens)
+        shown = jnp.where(hidden.places, vocabulary.mask_id, batch.tokens)
     else:
-        shown = _bert_replacement(jax.random.fold_in(key, REPLACEMENTS), batch, hidden, vocabulary)
-    return Example(
-        inputs=shown,
-        targets=batch.tokens,
-        weights=hidden.astype(jnp.float32),
-        segments=batch.segments,
-        positions=batch.positions,
-    )
-
-
-def eligible_places(batch: Batch, vocabulary: Vocabulary) -> Bool[Array, "B T"]:
-    """Everything but padding and special tokens."""
-    return (batch.segments > 0) & ~jnp.isin(batch.tokens, jnp.array(vocabulary.special_ids))
+        shown = _bert_replacement(jax.random.fold_in(key, masks.REPLACEMENTS), batch, hidden.places, vocabulary)
+    return ask_for(batch, shown, hidden.places.astype(jnp.float32), hidden.rates, shift=config.shift)
 
 
 def _bert_replacement(key: Key, batch: Batch, hidden: Bool[Array, "B T"], vocabulary: Vocabulary) -> Int[Array, "B T"]:

@@ -1,7 +1,8 @@
 """Attention: the one public call, the exact reference, and the decision which kernel serves a call.
 
 Softmax attention (Vaswani et al., 2017) with grouped queries (Ainslie et al., 2023): K key-value heads serve N query
-heads. A kernel is never given a window: cuDNN's window without causality attends to the whole future.
+heads. A kernel is never given a window: cuDNN's window without causality attends to the whole future. What is neither
+causal nor bidirectional goes to it as an array, which it reads whole: places that are not seen cost as much as others.
 """
 
 import re
@@ -63,7 +64,7 @@ def attention(
 
     if isinstance(mask, Mask):
         is_causal = mask.kind == "causal" and not mask.has_data
-        needs_array = mask.has_data or mask.kind == "prefix"
+        needs_array = mask.has_data or mask.kind not in ("causal", "bidirectional")
         visible = mask.as_array(q.shape[1]) if needs_array else None
     else:
         is_causal, visible = False, mask

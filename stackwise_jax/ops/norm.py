@@ -16,16 +16,16 @@ class _Saved(NamedTuple):
     """What the backward pass reads; `mean` only where it is subtracted, `bias` only where there is one."""
 
     x: Float[Array, "*B D"]
-    scale: Float[Array, "D"]
-    bias: Float[Array, "D"] | None
+    scale: Float[Array, "*b D"]
+    bias: Float[Array, "*b D"] | None
     mean: Float[Array, "*B 1"] | None
     inverse: Float[Array, "*B 1"]
 
 
 def normalise(
     x: Float[Array, "*B D"],
-    scale: Float[Array, "D"],
-    bias: Float[Array, "D"] | None,
+    scale: Float[Array, "*b D"],
+    bias: Float[Array, "*b D"] | None,
     *,
     subtracts_mean: bool,
     epsilon: int | float,
@@ -33,7 +33,8 @@ def normalise(
     """Returns RMSNorm (Zhang and Sennrich, 2019), or LayerNorm (Ba et al., 2016) where the mean is subtracted.
 
     Args:
-      scale, bias: multiply and shift the normalised entries; no shift where the bias is None.
+      scale, bias: multiply and shift the normalised entries; no shift where the bias is None. One vector [D] for all,
+        or one for each index of the first axes of x: [B D] beside [B T D] gives every row its own.
       epsilon: added to the variance.
 
     Returns:
@@ -45,8 +46,8 @@ def normalise(
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normalise(
     x: Float[Array, "*B D"],
-    scale: Float[Array, "D"],
-    bias: Float[Array, "D"] | None,
+    scale: Float[Array, "*b D"],
+    bias: Float[Array, "*b D"] | None,
     subtracts_mean: bool,
     epsilon: int | float,
 ) -> Float[Array, "*B D"]:
@@ -55,8 +56,8 @@ def _normalise(
 
 def _forward(
     x: Float[Array, "*B D"],
-    scale: Float[Array, "D"],
-    bias: Float[Array, "D"] | None,
+    scale: Float[Array, "*b D"],
+    bias: Float[Array, "*b D"] | None,
     subtracts_mean: bool,
     epsilon: int | float,
 ) -> tuple[Float[Array, "*B D"], _Saved]:
@@ -83,7 +84,7 @@ def _backward(
     d_x = g - normal * jnp.mean(g * normal, axis=-1, keepdims=True)
     if saved.mean is not None:
         d_x = d_x - jnp.mean(g, axis=-1, keepdims=True)
-    places = tuple(range(wide.ndim - 1))
+    places = tuple(range(saved.scale.ndim - 1, wide.ndim - 1))  # that share a scale and a bias
     d_scale = jnp.sum(arriving * normal, axis=places).astype(saved.scale.dtype)
     d_bias = None if saved.bias is None else jnp.sum(arriving, axis=places).astype(saved.bias.dtype)
     return (d_x * saved.inverse).astype(saved.x.dtype), d_scale, d_bias
@@ -92,6 +93,6 @@ def _backward(
 _normalise.defvjp(_forward, _backward)
 
 
-def _as_row(vector: Float[Array, "D"], like: Float[Array, "*B D"]) -> Float[Array, "*_ D"]:
+def _as_row(vector: Float[Array, "*b D"], like: Float[Array, "*B D"]) -> Float[Array, "*_ D"]:
     """In float32 and of the rank of `like`, so that broadcasting over it is explicit."""
-    return jnp.expand_dims(vector.astype(jnp.float32), tuple(range(like.ndim - 1)))
+    return jnp.expand_dims(vector.astype(jnp.float32), tuple(range(vector.ndim - 1, like.ndim - 1)))

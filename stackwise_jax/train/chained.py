@@ -6,6 +6,7 @@ equal the fused step's (a law of the tests); it takes and returns the same thing
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -16,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import apply_head_norm, output_table
 from stackwise_jax.train import optimizer
-from stackwise_jax.train.curriculum import Role, Signature
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.scaling import keep_where, loss_scale, next_scaling, scaling_metrics
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.train.step import Program, StepFunction, head_loss, join_parts
+from stackwise_jax.train.step import Program, StepFunction, body_parts, consistency, head_loss, join_parts
 from stackwise_jax.types import AnyArray, Batch, Example, Key, Params
 
 
@@ -29,7 +30,8 @@ class ChainedGradients:
     def __init__(self, program: Program, signature: Signature) -> None:
         self.program, self.signature = program, signature
         self.model = program.config.model
-        self._prepare = jax.jit(lambda batch: program.corrupt(program.mask_key, batch))
+        self._prepare = jax.jit(functools.partial(program.corrupt, signature.task))
+        self._penalty = jax.jit(jax.value_and_grad(self._apply_penalty))
         self._embed = jax.jit(self._apply_embedding)
         self._embed_vjp = jax.jit(self._pull_embedding)
         self._forward = jax.jit(self._apply_stack, static_argnums=0)
@@ -72,33 +74,37 @@ class ChainedGradients:
         key: Key | None,
         scale: Array | None,
     ) -> tuple[Params, Array, Array]:
-        body = self.signature.body
+        roles = [role for _, role in self.signature.body]
         parts = join_parts(live, frozen)
         example = self._prepare(batch)
-        context = self.program.context(example)
-        keys = [None] * (len(body) + 1) if key is None else list(jax.random.split(key, len(body) + 1))
-        live_stacks, frozen_stacks = iter(parts["stacks"]), iter(parts["frozen_stacks"])
-        stacks = [next(live_stacks if role is Role.LIVE else frozen_stacks) for _, role in body]
+        context = self.program.context(self.signature.task, example, parts.get("embedding", {}))
+        keys = [None] * (len(roles) + 1) if key is None else list(jax.random.split(key, len(roles) + 1))
+        stacks = list(zip(roles, body_parts(self.signature, parts), keys[1:], strict=True))
 
         x = self._embed(parts["embedding"], example, keys[0]) if activations is None else activations
-        boundaries = []
-        for (_, role), stack, stack_key in zip(body, stacks, keys[1:], strict=True):
-            boundaries.append(x)
-            x = self._forward(role, stack, x, context, stack_key)
+        boundaries = [x]
+        for role, own, stack_key in stacks:
+            boundaries.append(self._forward(role, *own, boundaries[-1], context, stack_key))
 
         near_head = {name: live[name] for name in ("embedding", "head") if name in live}
         settled = {name: frozen[name] for name in ("embedding", "head") if name in frozen}
-        loss, (grads, pull) = self._head(near_head, settled, x, example, scale)
-        grads["stacks"] = []
-        for (_, role), stack, stack_key in reversed(list(zip(body, stacks, keys[1:], strict=True))):
-            stack_grads, pull = self._vjp(role, stack, boundaries.pop(), context, stack_key, pull)
-            if role is Role.LIVE:
-                grads["stacks"].insert(0, stack_grads)
+        loss, (grads, pull) = self._head(near_head, settled, boundaries.pop(), example, scale)
+        own_grads: dict[Role, list[Params]] = {Role.LIVE: [], Role.ADAPTER: [], Role.FROZEN: []}
+        penalised = example.revealed is not None
+        for role, own, stack_key in reversed(stacks):
+            x = boundaries.pop()
+            if role is Role.LIVE and penalised:
+                penalised = False
+                out = self._forward(role, *own, x, context, stack_key)
+                pull = self._add(pull, self._penalty(out, parts["embedding"], example, scale)[1])
+            stack_grads, pull = self._vjp(role, *own, x, context, stack_key, pull)
+            own_grads[role].insert(0, stack_grads)
+        grads |= {"stacks": own_grads[Role.LIVE], "adapters": own_grads[Role.ADAPTER]}
         if "embedding" in live:
             pulled = self._embed_vjp(live["embedding"], example, keys[0], pull)
             grads["embedding"] = self._add(grads["embedding"], pulled)
         grads = {name: grads[name] for name in live}
-        return grads, loss, jnp.sum(example.weights)
+        return grads, loss, example.weight
 
     def _apply_embedding(self, params: Params, example: Example, key: Key | None) -> Array:
         return self.program.apply_embedding(params, example.inputs, example.positions, key)
@@ -107,20 +113,21 @@ class ChainedGradients:
         grads = jax.vjp(lambda p: self._apply_embedding(p, example, key), params)[1](pull)[0]
         return self.program.placement.as_weights(grads)
 
-    def _apply_stack(self, role: Role, params: Params, x: Array, context: Context, key: Key | None) -> Array:
-        if role is Role.FROZEN:
-            return self.program.apply_frozen_stack(params, x, context, remat=self.program.config.training.remat)
-        return self.program.apply_live_stack(params, x, context, key)
+    def _apply_penalty(self, x: Array, embedding: Params, example: Example, scale: Array | None) -> Array:
+        penalty = consistency(self.program, embedding, x, example)
+        return penalty if scale is None else penalty * scale
+
+    def _apply_stack(
+        self, role: Role, live: Params, settled: Params, x: Array, context: Context, key: Key | None
+    ) -> Array:
+        return self.program.apply_stack(role, live, settled, x, context, key)
 
     def _pull_stack(
-        self, role: Role, params: Params, x: Array, context: Context, key: Key | None, pull: Array
-    ) -> tuple[Params | None, Array]:
+        self, role: Role, live: Params, settled: Params, x: Array, context: Context, key: Key | None, pull: Array
+    ) -> tuple[Params, Array]:
+        """Gradients of what is trained of a stack (of nothing: nothing), and of its input."""
         place = self.program.placement
-        if role is Role.FROZEN:
-            return None, place.as_rows(
-                jax.vjp(lambda h: self._apply_stack(role, params, h, context, key), x)[1](pull)[0]
-            )
-        grads, pull = jax.vjp(lambda p, h: self._apply_stack(role, p, h, context, key), params, x)[1](pull)
+        grads, pull = jax.vjp(lambda p, h: self._apply_stack(role, p, settled, h, context, key), live, x)[1](pull)
         return place.as_weights(grads), place.as_rows(pull)
 
     def _pull_head(
@@ -136,7 +143,8 @@ class ChainedGradients:
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(the loss that is differentiated, the loss)."""
         parts = {**frozen, **live}
-        hidden = apply_head_norm(parts["head"], x.astype(self.program.dtype), self.model)
+        time = self.program.context(self.signature.task, example, parts.get("embedding", {})).time
+        hidden = apply_head_norm(parts["head"], x.astype(self.program.dtype), self.model, time)
         table = output_table(parts["head"], parts.get("embedding", {}))
         loss = head_loss(self.program, hidden, table, example, self.model.stability.z_loss)
         return loss if scale is None else loss * scale, loss
@@ -170,7 +178,7 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
         frozen: Params,
         batch: Batch,
         activations: Array | None,
-        fraction: Float[AnyArray, ""],
+        fractions: Float[AnyArray, "P"],
         step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
         scale = loss_scale(state.scaling)
@@ -182,14 +190,15 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
         is_finite = None if scale is None else jnp.isfinite(norm)
         params: Params = {}
         states: Params = {}
-        for name, part in state.params.items():
+        number = itertools.count()  # of the part, in the order of `optimizer.update_parts`
+        for name, part in sorted(state.params.items()):
             if isinstance(part, list):
                 triples = zip(part, state.optimizer[name], grads[name], strict=True)
-                pairs = [update(name, *triple, factor, fraction, is_finite) for triple in triples]
+                pairs = [update(name, *triple, factor, fractions[next(number)], is_finite) for triple in triples]
                 params[name], states[name] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             else:
                 triple = (part, state.optimizer[name], grads[name])
-                params[name], states[name] = update(name, *triple, factor, fraction, is_finite)
+                params[name], states[name] = update(name, *triple, factor, fractions[next(number)], is_finite)
         metrics = {"loss": total / weight, "gradient_norm": norm, "weight": weight}
         if scale is not None:
             metrics |= scaling_metrics(scale, jnp.isfinite(norm))

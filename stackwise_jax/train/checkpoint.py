@@ -27,7 +27,7 @@ from stackwise_jax.memory import processes
 from stackwise_jax.memory.budget import readable_bytes
 from stackwise_jax.memory.fingerprint import array_digest, array_digests, join_digests, named_leaves
 
-FORMAT = 2
+FORMAT = 3
 
 
 class DamagedError(UserError):

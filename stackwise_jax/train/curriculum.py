@@ -1,147 +1,112 @@
-"""A curriculum is a list of phases, and a phase is data: which parts of the rack are live, on what budget.
-
-Every training mode is built here and nowhere else; the loop and the step only read phases.
-"""
+"""A curriculum is a list of phases. Every training mode is built here and in `train/growing.py`, and nowhere else."""
 
 import dataclasses
-import enum
+import itertools
+from collections.abc import Sequence
 
-from stackwise_jax.checks import budget_steps
+from stackwise_jax.checks.text import budget_steps
 from stackwise_jax.errors import UserError
+from stackwise_jax.objectives.bands import bands_of
+from stackwise_jax.objectives.objective import Task, tasks
 from stackwise_jax.schema import RunConfig
+from stackwise_jax.train import growing
+from stackwise_jax.train.phases import Branch, Name, Path, Phase, Role, stack_sizes, uncachable
 
 # Above this many stacks in the body of a path one compiled step is no longer worth its compile time.
 FUSED_STACKS = 16
-
-
-class Role(enum.StrEnum):
-    """What training does to a part of the rack."""
-
-    LIVE = "live"
-    FROZEN = "frozen"
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One entry of a curriculum.
-
-    Attributes:
-      name: unique in the curriculum.
-      path: (stack, role) pairs in the order that activations take; stacks of the rack may be missing.
-      embedding, head: their roles.
-      steps: updates.
-      settles: what freezes for good when the phase ends: "embedding", "head", and stacks by number.
-      unties_head: the head gets its own copy of the tied table when the phase ends.
-      cached: the trunk's output comes from the activation cache.
-      execution: fused or chained.
-    """
-
-    name: str
-    path: tuple[tuple[int, Role], ...]
-    embedding: Role
-    head: Role
-    steps: int
-    settles: tuple[str | int, ...] = ()
-    unties_head: bool = False
-    cached: bool = False
-    execution: str = "fused"
-
-    @property
-    def trunk(self) -> tuple[int, ...]:
-        """The frozen stacks before the first live one; empty while the embedding is live."""
-        if self.embedding is not Role.FROZEN:
-            return ()
-        frozen: list[int] = []
-        for stack, role in self.path:
-            if role is not Role.FROZEN:
-                break
-            frozen.append(stack)
-        return tuple(frozen)
-
-    @property
-    def reads_activations(self) -> bool:
-        """The step starts from what the settled embedding and the trunk put out, not from tokens."""
-        return self.embedding is Role.FROZEN
-
-    @property
-    def body(self) -> tuple[tuple[int, Role], ...]:
-        """The path after the trunk: what the train step runs."""
-        return self.path[len(self.trunk) :]
-
-    @property
-    def tail(self) -> tuple[int, ...]:
-        """The frozen stacks after the first live part: gradient passes through them and changes none."""
-        return tuple(stack for stack, role in self.body if role is Role.FROZEN)
-
-    @property
-    def live_stacks(self) -> tuple[int, ...]:
-        return tuple(stack for stack, role in self.path if role is Role.LIVE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Signature:
-    """What a compiled train step depends on besides the config; phases that share one share an executable."""
-
-    reads_activations: bool
-    body: tuple[tuple[int, Role], ...]  # (blocks, role) of each stack after the trunk
-    embedding: Role
-    head: Role
-    head_has_table: bool
-    execution: str
-
-
-def stack_sizes(config: RunConfig) -> tuple[int, ...]:
-    """Blocks in each stack of the rack, as the mode groups them."""
-    whole = config.model.architecture.blocks_per_stack
-    size = {"layerwise": 1, "blockwise": config.training.block_group}.get(config.training.mode, whole)
-    return (size,) * (config.model.n_blocks // size)
+LIVE, FROZEN, ADAPTER = Role.LIVE, Role.FROZEN, Role.ADAPTER
 
 
 def make_curriculum(config: RunConfig) -> tuple[Phase, ...]:
-    """Builds the phases of a run.
+    """Builds the phases of a run; none where trained stacks are only assembled.
 
     Raises:
       UserError: the config asks for a cache that no path of the curriculum allows.
     """
-    phases = (_end_to_end(config),) if config.training.mode == "end_to_end" else _growing(config)
-    wanted = config.training.progressive.cache_activations
+    training = config.training
+    if training.mode == "fusion":
+        phases = []
+    elif training.mode == "end_to_end":
+        phases = _end_to_end(config)
+    elif training.progressive.direction == "independent":
+        phases = _independent(config)
+    elif training.mode == "progressive" and training.progressive.trunk_strategy == "full":
+        phases = _all_live(config)
+    else:
+        phases = _growing(config)
+    if training.fusion.budget:
+        phases += _fusion(config)
+    wanted = training.progressive.cache_activations
     if wanted and not any(phase.cached for phase in phases):
-        reason = uncachable(phases[-1])
-        raise UserError(
-            f"training.progressive.cache_activations=True, but phase {phases[-1].name} cannot be cached: {reason}; "
-            "set it to False or None, or choose a mode that grows a stack per phase"
-        )
-    return phases
+        _refuse_cache(config, phases)
+    return _with_boundaries(phases)
 
 
-def uncachable(phase: Phase) -> str | None:
-    """Says why the input of a phase's live part cannot be cached; None when it can."""
-    if phase.embedding is not Role.FROZEN:
-        return "its frozen prefix is empty (the embedding is live), so every update changes what a cache would hold"
-    if not phase.path:
-        return "its path has no stack"
-    if phase.tail:
-        return "its frozen stacks are a tail: every update of the live stack before it changes what a cache would hold"
+def is_depth(config: RunConfig) -> bool:
+    """Bands of noise belong to depth."""
+    return config.objective.time in ("depth", "depth_input")
+
+
+def band_stacks(config: RunConfig) -> tuple[tuple[int, ...], ...]:
+    """The stacks of each band of noise, leftmost first: contiguous, as equal in number as can be."""
+    n_stacks = len(stack_sizes(config))
+    n_bands = config.objective.n_bands or min(n_stacks, 4)
+    ends = [round(band * n_stacks / n_bands) for band in range(n_bands + 1)]
+    return tuple(tuple(range(*pair)) for pair in itertools.pairwise(ends))
+
+
+def band_edges(config: RunConfig) -> tuple[tuple[float, float], ...]:
+    """(low, high) masked fraction of each band, in the order of `band_stacks`."""
+    return bands_of(config.objective, len(band_stacks(config)))
+
+
+def _refuse_cache(config: RunConfig, phases: Sequence[Phase]) -> None:
+    """UserError that says why nothing can be cached."""
+    found = ((f"phase {phase.name}", reason) for phase in reversed(phases) if (reason := uncachable(phase.main)))
+    what, reason = next(found, ("a rack that is only assembled", "nothing is trained"))
+    remedy = "set it to False or None"
+    if phases and (shared := unshared(config)) is not None:
+        what, reason = f"phase {phases[-1].name}", shared
+    else:
+        remedy += ", or let a rack grow left to right over a frozen trunk"
+    raise UserError(f"training.progressive.cache_activations=True, but {what} cannot be cached: {reason}; {remedy}")
+
+
+def unshared(config: RunConfig) -> str | None:
+    """Says why, whatever the path, one cache cannot serve all updates of a phase; None when it can."""
+    progressive, objective = config.training.progressive, config.objective
+    if len(_tasks(config)) > 1:
+        return "its objectives corrupt rows in different ways"
+    if objective.name == "block_diffusion":
+        return "block diffusion reads every row twice, masked anew at every visit"
+    if progressive.direction == "independent":
+        return "its bands take turns, each from tokens masked at rates of its own"
+    if objective.rate_draw == "stratified":
+        return "with objective.rate_draw='stratified' a row's mask depends on the batch that it comes in"
+    if progressive.anchor_every is not None and progressive.rebuild_every is None:
+        return "anchors change its trunk; declare training.progressive.rebuild_every"
+    if progressive.cache_activations is False:
+        return "training.progressive.cache_activations=False"
     return None
 
 
-def signature(phase: Phase, phases: tuple[Phase, ...], config: RunConfig) -> Signature:
-    """The signature of a phase of a curriculum."""
-    sizes = stack_sizes(config)
-    untied_before = any(earlier.unties_head for earlier in phases[: phases.index(phase)])
-    return Signature(
-        reads_activations=phase.reads_activations,
-        body=tuple((sizes[stack], role) for stack, role in phase.body),
-        embedding=phase.embedding,
-        head=phase.head,
-        head_has_table=untied_before or not config.model.ties_embedding,
-        execution=phase.execution,
-    )
+def _with_boundaries(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+    """Says of every phase what freezes when it ends: what the next one does not train, or reads frozen from a cache."""
+    live = [phase.live_names for phase in phases]
+    result = []
+    for index, phase in enumerate(phases):
+        following = live[index + 1] if index + 1 < len(phases) else ()
+        read = {s for b in phases[index + 1].branches if b.cached for s in b.trunk} if following else set()
+        settles = tuple(name for name in live[index] if name not in following or name in read)
+        later = {name for names in live[index + 2 :] for name in names}
+        later -= {s for phase in phases[index + 1 :] for s in phase.adapter_stacks}  # what is laid aside would lack it
+        shelves = tuple(name for name in settles if name not in following and name in later)
+        result.append(dataclasses.replace(phase, settles=settles, shelves=shelves))
+    return tuple(result)
 
 
-def _steps(config: RunConfig, field: str) -> int:
-    tokens_per_step = config.training.batch_size * config.data.seq_len
-    return budget_steps(getattr(config.training, field), tokens_per_step, field=f"training.{field}")
+def _steps(config: RunConfig, budget: str, field: str) -> int:
+    return budget_steps(budget, config.training.batch_size * config.data.seq_len, field=f"training.{field}")
 
 
 def _execution(config: RunConfig, n_stacks: int) -> str:
@@ -151,61 +116,178 @@ def _execution(config: RunConfig, n_stacks: int) -> str:
     return "fused" if n_stacks <= FUSED_STACKS else "chained"
 
 
-def _end_to_end(config: RunConfig) -> Phase:
-    stacks = range(len(stack_sizes(config)))
-    return Phase(
-        name="end_to_end",
-        path=tuple((stack, Role.LIVE) for stack in stacks),
-        embedding=Role.LIVE,
-        head=Role.LIVE,
-        steps=_steps(config, "phase_budget"),
-        settles=("embedding", *stacks, "head"),
-        execution=_execution(config, len(stacks)),
+def _branch(
+    config: RunConfig, path: Path, task: Task, share: float, *, embedding: Role, head: Role, caches: bool = False
+) -> Branch:
+    """One branch, with the execution that fits its body, cached where it may be."""
+    branch = Branch(path, embedding, head, task, share=share)
+    allowed = caches and uncachable(branch) is None
+    tells_time = config.model.time_input and embedding is LIVE  # whose gradient comes from every block
+    execution = "fused" if tells_time else _execution(config, len(branch.body))
+    return dataclasses.replace(branch, cached=allowed, execution=execution)
+
+
+def _tasks(config: RunConfig) -> tuple[tuple[Task, float], ...]:
+    return tasks(config.objective, config.model.attention)
+
+
+def _branches(config: RunConfig, path: Path, **roles: Role) -> tuple[Branch, ...]:
+    """The same path under every task, uncached."""
+    return tuple(
+        _branch(config, path, task, share, embedding=roles["embedding"], head=roles["head"])
+        for task, share in _tasks(config)
     )
 
 
-def _growing(config: RunConfig) -> tuple[Phase, ...]:
-    """Settles the embedding, then appends a stack per phase over a frozen trunk, or prepends it to a frozen tail."""
+def _end_to_end(config: RunConfig) -> list[Phase]:
+    path = tuple((stack, LIVE) for stack in range(len(stack_sizes(config))))
+    steps = _steps(config, config.training.phase_budget, "phase_budget")
+    return [Phase("end_to_end", _branches(config, path, embedding=LIVE, head=LIVE), steps)]
+
+
+def _embedding_phase(config: RunConfig) -> list[Phase]:
+    """Phase 0: embedding and head alone, over all rates; none where they are trained with the first stack."""
     training = config.training
+    if training.embedding_phase != "alone":
+        return []
+    steps = _steps(config, training.embedding_budget, "embedding_budget")
+    branches = _branches(config, (), embedding=LIVE, head=LIVE)
+    return [Phase("embedding", branches, steps, unties_head=training.head == "copy")]
+
+
+def _independent(config: RunConfig) -> list[Phase]:
+    """Every band of noise trains its own stacks, from tokens, in turn; embedding and head are shared."""
+    phases = _embedding_phase(config)
+    embedding, head = FROZEN if phases else LIVE, FROZEN if phases and config.training.head == "frozen" else LIVE
+    bands = list(zip(band_stacks(config), band_edges(config), strict=True))
+    (task, _), *_ = _tasks(config)
+    branches = []
+    for stacks, band in bands:
+        path = tuple((stack, LIVE) for stack in stacks)
+        branch = _branch(config, path, task, 1.0 / len(bands), embedding=embedding, head=head)
+        branches.append(dataclasses.replace(branch, band=band))
+    steps = _steps(config, config.training.phase_budget, "phase_budget") * len(bands)
+    return [*phases, Phase("bands", tuple(branches), steps)]
+
+
+def _growing(config: RunConfig) -> list[Phase]:
+    """Settles the embedding, then appends a stack (or a band) a phase to a trunk, or prepends it to a tail."""
+    training, progressive = config.training, config.training.progressive
     n_stacks = len(stack_sizes(config))
-    appends = training.progressive.direction == "left_to_right"
-    order = range(n_stacks) if appends else range(n_stacks)[::-1]
-    # A tail voids every cache, so a rack that grows one keeps none, not even for its first phase.
-    caches = training.progressive.cache_activations is not False and (appends or n_stacks == 1)
-    alone = training.embedding_phase == "alone"
-    head_freezes = training.head == "frozen"
-    at_settling: tuple[str, ...] = ("embedding", "head") if head_freezes else ("embedding",)
-    phases = []
-    if alone:
-        phases.append(
-            Phase(
-                name="embedding",
-                path=(),
-                embedding=Role.LIVE,
-                head=Role.LIVE,
-                steps=_steps(config, "embedding_budget"),
-                settles=at_settling,
-                unties_head=training.head == "copy",
-                execution=_execution(config, 0),
-            )
-        )
-    for stack in order:
-        settling = not alone and stack == order[0]
-        last = stack == order[-1]
-        head = Role.FROZEN if head_freezes and not settling else Role.LIVE
-        settled: tuple[str | int, ...] = (*(at_settling if settling else ()), stack)
-        trunk, tail = (range(stack), range(0)) if appends else (range(0), range(stack + 1, n_stacks))
-        before, after = (tuple((other, Role.FROZEN) for other in others) for others in (trunk, tail))
-        path = (*before, (stack, Role.LIVE), *after)
+    units = band_stacks(config) if is_depth(config) else tuple((stack,) for stack in range(n_stacks))
+    edges = band_edges(config) if is_depth(config) else (None,) * len(units)
+    last = tuple(range(n_stacks - progressive.last_stacks, n_stacks))
+    numbers = [number for number, unit in enumerate(units) if not set(unit) & set(last)]
+    order = numbers if progressive.direction == "left_to_right" else numbers[::-1]
+    steps = _steps(config, training.phase_budget, "phase_budget") * len(order)
+    shares = growing.phase_shares(progressive.shares, len(order), "training.progressive.shares")
+    phases = _embedding_phase(config)
+    for number, share in zip(order, shares, strict=True):
+        unit, settling = units[number], not phases
+        head = FROZEN if training.head == "frozen" and not settling else LIVE
+        branches = _unit_branches(config, unit, last, embedding=LIVE if settling else FROZEN, head=head)
+        branches = tuple(dataclasses.replace(branch, band=edges[number]) for branch in branches)
         phase = Phase(
-            name=f"stack_{stack:04d}",
-            path=path,
-            embedding=Role.LIVE if settling else Role.FROZEN,
-            head=head,
-            steps=_steps(config, "phase_budget"),
-            settles=(*settled, "head") if last and head is Role.LIVE and "head" not in settled else settled,
+            name=f"band_{number:04d}" if is_depth(config) else f"stack_{unit[0]:04d}",
+            branches=branches,
+            steps=max(1, round(steps * share)),
             unties_head=settling and training.head == "copy",
-            execution=_execution(config, 1 + len(tail)),
         )
-        phases.append(dataclasses.replace(phase, cached=caches and uncachable(phase) is None))
-    return tuple(phases)
+        phases += _in_stretches(phase, progressive.rebuild_every)
+    return phases
+
+
+def _unit_branches(
+    config: RunConfig, unit: tuple[int, ...], last: tuple[int, ...], *, embedding: Role, head: Role
+) -> tuple[Branch, ...]:
+    """Stacks trained over what is there already, a trunk before them or a tail after, and anchors if asked for."""
+    progressive, n_stacks = config.training.progressive, len(stack_sizes(config))
+    appends = progressive.direction == "left_to_right"
+    settled = ADAPTER if config.training.mode == "progressive" and progressive.trunk_strategy == "qlora" else FROZEN
+    before = tuple((stack, settled) for stack in range(unit[0])) if appends else ()
+    own = tuple((stack, LIVE) for stack in unit)
+    after = () if appends else tuple((stack, settled) for stack in range(unit[-1] + 1, n_stacks))
+    after += tuple((stack, LIVE) for stack in last)
+    # A tail or adapters void every cache, so a rack that grows such keeps none, not even for its first phase.
+    caches = unshared(config) is None and ((appends and settled is FROZEN) or len(unit) == n_stacks)
+    every = progressive.anchor_every if len(before) else None
+    branches = []
+    for task, share in _tasks(config):
+        local = share if every is None else share * (1.0 - 1.0 / every)
+        path = (*before, *own, *after)
+        branches.append(_branch(config, path, task, local, embedding=embedding, head=head, caches=caches))
+        if every is not None:
+            whole = tuple((stack, LIVE) for stack, _ in path)
+            branches.append(_branch(config, whole, task, share / every, embedding=embedding, head=head))
+    return tuple(branches)
+
+
+def _in_stretches(phase: Phase, every: int | None) -> list[Phase]:
+    """The phase in stretches of so many steps, after each of which the cache is computed anew; one schedule for all."""
+    if every is None or len(phase.branches) == 1 or every >= phase.steps:
+        return [phase]
+    starts = range(0, phase.steps, every)
+    return [
+        dataclasses.replace(
+            phase,
+            name=f"{phase.name}_{number:02d}",
+            steps=min(every, phase.steps - start),
+            schedule=(start, phase.steps),
+            unties_head=phase.unties_head and number == len(starts) - 1,
+        )
+        for number, start in enumerate(starts)
+    ]
+
+
+def _all_live(config: RunConfig) -> list[Phase]:
+    """A rack that grows while all its stacks are trained, under one schedule."""
+    training = config.training
+    total = _steps(config, training.phase_budget, "phase_budget")
+    stages = growing.stages(config, len(stack_sizes(config)))
+    ends = [round(total * share) for share in growing.cumulative_shares(config, len(stages))]
+    phases = []
+    for number, stage in enumerate(stages):
+        start = ends[number - 1] if number else 0
+        path = tuple((stack, LIVE) for stack in stage.stacks)
+        phase = Phase(
+            name=f"grown_to_{len(stage.stacks):04d}",
+            branches=_branches(config, path, embedding=LIVE, head=LIVE),
+            steps=max(1, ends[number] - start),
+            grows=stage.grows,
+            operator=training.growth.operator,
+            schedule=(start, total),
+        )
+        phases.append(phase)
+    return phases
+
+
+def _fusion(config: RunConfig) -> list[Phase]:
+    """Trained stacks together: all, the last ones or adapters, joining from the head down in so many phases."""
+    training, fusion, n_stacks = config.training, config.training.fusion, len(stack_sizes(config))
+    steps, n_phases = _steps(config, fusion.budget, "fusion.budget"), fusion.unfreeze_phases
+    adapts = fusion.live == "adapters"
+    n_live = n_stacks if adapts or fusion.live == "all" else int(fusion.live.removeprefix("last:"))
+    head = FROZEN if training.head == "frozen" else LIVE
+    phases = []
+    for number in range(n_phases):
+        own = -(-n_live * (number + 1) // n_phases)
+        roles = [FROZEN] * (n_stacks - own) + [ADAPTER if adapts else LIVE] * own
+        path = tuple(enumerate(roles))
+        embedding = LIVE if fusion.embedding == "live" and own == n_stacks else FROZEN
+        caches = unshared(config) is None and own < n_stacks  # the embedding alone is computed as fast as it is read
+        branches = tuple(
+            _branch(config, path, task, share, embedding=embedding, head=head, caches=caches)
+            for task, share in _tasks(config)
+        )
+        start, end = (round(steps * part / n_phases) for part in (number, number + 1))
+        phases.append(Phase(f"fusion_{number:04d}", branches, max(1, end - start), rates=_fusion_rates(config, path)))
+    return phases
+
+
+def _fusion_rates(config: RunConfig, path: Path) -> tuple[tuple[Name, float], ...]:
+    fusion = config.training.fusion
+    trained = [stack for stack, role in path if role is not FROZEN]
+    rates: dict[Name, float] = dict.fromkeys(("embedding", "head", *trained), fusion.learning_rate_scale)
+    for stack in trained[:-1]:
+        rates[stack] *= fusion.trunk_learning_rate_scale
+    return tuple(rates.items()) if set(rates.values()) != {1.0} else ()

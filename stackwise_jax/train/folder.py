@@ -37,8 +37,10 @@ from stackwise_jax.train.checkpoint import (
     write_folder,
     write_text,
 )
-from stackwise_jax.train.curriculum import make_curriculum, signature
-from stackwise_jax.train.state import Frozen, TrainState, part_shape, snapshot_shape
+from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.phases import signature
+from stackwise_jax.train.scaling import init_scaling
+from stackwise_jax.train.state import Frozen, PartSource, TrainState, part_shape
 from stackwise_jax.types import Params
 
 STEP_NAME = re.compile(r"\d{8,}-\d{4,}")
@@ -156,10 +158,12 @@ def _read_snapshot(path: Path, step: Path) -> Snapshot:
     index, state = meta["phase"], None
     if index < len(phases):
         inside = meta["position"]["phase_step"] > 0
-        sig = signature(phases[index], phases, config)
-        state = read_tree(step, snapshot_shape(config, key, phases[index], sig, inside=inside))
+        has_table = signature(phases[index], phases[index].main, phases, config).head_has_table
+        source, scaling = PartSource(config, key), init_scaling(config)
+        shape = source.snapshot_shape(phases, index, inside=inside, head_has_table=has_table, scaling=scaling)
+        state = read_tree(step, shape)
     frozen = Frozen()
-    for kind in ("embedding", "stacks", "head"):
+    for kind in ("embedding", "stacks", "head", "adapters", "shelves"):
         for name, reference in meta["parts"][kind].items():
             tree, digest = read_part(path / "stacks" / reference, part_shape(config, key, kind, name))
             frozen.keep(kind, name, tree, digest)

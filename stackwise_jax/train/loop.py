@@ -11,8 +11,8 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -21,44 +21,39 @@ from stackwise_jax.data.pipeline import make_batches
 from stackwise_jax.errors import StoppedError, UserError, is_out_of_memory
 from stackwise_jax.memory import processes
 from stackwise_jax.memory.placement import to_host
-from stackwise_jax.memory.precision import to_storage
+from stackwise_jax.memory.precision import from_storage, to_storage
+from stackwise_jax.models.adapters import merge
+from stackwise_jax.objectives.objective import Task
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.chained import make_chained_step
+from stackwise_jax.train.branches import BranchRun, Compiled, held_out_figures
 from stackwise_jax.train.checkpoint import write_text
-from stackwise_jax.train.curriculum import Phase, Role, Signature
+from stackwise_jax.train.describe import describe
 from stackwise_jax.train.folder import Part, make_part, step_name
 from stackwise_jax.train.health import TRY, explain_memory, read_metrics, require_finite
 from stackwise_jax.train.metrics import MetricsWriter, Progress, peak_flops, readable_time
 from stackwise_jax.train.optimizer import schedule_fraction
-from stackwise_jax.train.plan import Plan, describe, make_plan
+from stackwise_jax.train.phases import Phase, Role, Signature
+from stackwise_jax.train.plan import make_plan
+from stackwise_jax.train.position import Position, Result, no_references
+from stackwise_jax.train.scaling import init_scaling
 from stackwise_jax.train.signals import StopSignals
-from stackwise_jax.train.state import Frozen, TrainState, fresh_lasting_parts, fresh_stacks, join_states, untie_head
-from stackwise_jax.train.step import make_evaluation, make_program, make_train_step
+from stackwise_jax.train.sources import assemble
+from stackwise_jax.train.state import (
+    Frozen,
+    PartSource,
+    TrainState,
+    adapter_name,
+    carried_names,
+    joined,
+    part_names,
+    split,
+    untie_head,
+)
+from stackwise_jax.train.step import make_program
+from stackwise_jax.train.trained import tap_folders
 from stackwise_jax.train.trunk import TrunkInputs, cache_tier, make_cache_store, shard_folder
 from stackwise_jax.train.watched import open_folder
 from stackwise_jax.types import Params
-
-MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run stands: everything that is not an array."""
-
-    phase: int = 0
-    phase_step: int = 0
-    step: int = 0
-    done_flops: float = 0.0
-    held_out: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A finished run: the plan, the finished rack, and the held-out figures after every phase."""
-
-    plan: Plan
-    rack: Params
-    held_out: dict[str, dict[str, float]]
 
 
 @dataclasses.dataclass
@@ -68,6 +63,7 @@ class _Clock:
     logged: int
     data_seconds: float = 0.0
     is_first: bool = True
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)  # the last one of each branch
 
     def restart(self, logged: int) -> None:
         self.logged, self.data_seconds, self.is_first = logged, 0.0, False
@@ -94,13 +90,15 @@ class Run:
         make_store = functools.partial(make_cache_store, self.plan, self._tier, shards, self._warn)
         self.inputs = TrunkInputs(self.program, corpus, order, make_store)
         self.folder = open_folder(workdir, config, say=self._warn)  # only after everything that may refuse the run
-        self.position, self.frozen, self.references = Position(), Frozen(), _no_references()
-        self.state = TrainState({}, {})
-        self._steps: dict[Signature, Any] = {}
-        self._evaluations: dict[Signature, Any] = {}
+        self.position, self.frozen, self.references = Position(), Frozen(), no_references()
+        self.state = TrainState({}, {}, init_scaling(config))
+        self._source = PartSource(config, self.program.key)
+        self._compiled = Compiled(self.program)
+        self._bytes: dict[Task, int] = {}
         self._signals = StopSignals()
         self._clock = _Clock(0)
         self._pending: tuple[int, dict[str, Array]] | None = None  # metrics of the last step, not read yet
+        self._order = np.zeros(0, np.int64)  # of the branches of the phase
         self._unsaved: list[Part] = []  # frozen parts that the next snapshot brings to the disk
         try:
             self._begin(say)
@@ -137,10 +135,8 @@ class Run:
                 self.folder.close()
                 self.writer.close()
                 self.inputs.release()
-        frozen = self.frozen
-        stacks = [frozen.stacks[stack] for stack in sorted(frozen.stacks)]
-        rack = {"embedding": frozen.embedding, "stacks": stacks, "head": frozen.head}
-        return Result(self.plan, rack, self.position.held_out)
+        rack = self.frozen.rack(self.config.training.adapters.alpha)
+        return Result(self.plan, rack, self.position.held_out, tap_folders(self.folder.path, self.references["taps"]))
 
     def _warn(self, text: str) -> None:
         self.progress.say(f"warning: {text}")
@@ -169,16 +165,19 @@ class Run:
 
     # One phase.
 
-    def _run_phase(self, phase: Phase, signature: Signature) -> None:
-        if "stacks" not in self.state.params and phase.live_stacks:
-            self.state = join_states(self.state, fresh_stacks(self.config, self.program.key, phase))
+    def _run_phase(self, phase: Phase, signatures: tuple[Signature, ...]) -> None:
+        if self.position.phase_step == 0:
+            self._begin_phase(phase, signatures[0])
         if self._tier == "disk":
             self.folder.flush()  # a cache that outlives this process must not get ahead of what the folder holds
-        self.inputs.prepare(phase, self.frozen, self.position.step, self._note)
+        self.inputs.prepare(phase, self.frozen, self.position.step, self._note, self._live_stack)
         started = time.perf_counter()
-        frozen = self.frozen_parts(phase, signature)
-        self._train(phase, signature, frozen)
-        result = self._evaluate(phase, signature, frozen)
+        branches = [
+            BranchRun(self._compiled, self.inputs, self.frozen, phase, branch, signature)
+            for branch, signature in zip(phase.branches, signatures, strict=True)
+        ]
+        self._train(phase, branches)
+        result = self._evaluate(phase, branches)
         self.position.held_out[phase.name] = result
         self.writer.write("held_out", self.position.step, {"phase": phase.name, **result})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
@@ -190,25 +189,37 @@ class Run:
         self.position.phase, self.position.phase_step = self.position.phase + 1, 0
         self._save(required=True)
 
-    def _train(self, phase: Phase, signature: Signature, frozen: Params) -> None:
-        if signature not in self._steps:
-            self._steps[signature] = MAKE_STEP[signature.execution](self.program, signature)
+    def _begin_phase(self, phase: Phase, signature: Signature) -> None:
+        """Completes the live state with what the phase before did not train."""
+        carried = split(self.state, carried_names(self.plan.phases, self.position.phase))
+        parts = self._source.begin(phase, carried, self.frozen, head_has_table=signature.head_has_table)
+        self.references["shelves"] = {
+            name: reference for name, reference in self.references["shelves"].items() if name in self.frozen.shelves
+        }
+        self.state = joined(parts, part_names(phase), self.state.scaling)
+
+    def _live_stack(self, stack: int) -> Params | None:
+        """The weights of a stack that the phase trains; None: it does not."""
+        live = self.plan.phases[self.position.phase].live_stacks
+        return self.state.params["stacks"][live.index(stack)] if stack in live else None
+
+    def _train(self, phase: Phase, branches: list[BranchRun]) -> None:
+        self._order = phase.branch_order()
         self._clock = _Clock(self.position.phase_step)
-        self._pause(phase, signature, frozen)  # a signal may have come in the middle of the last step's evaluation
+        self._pause(phase, branches)  # a signal may have come in the middle of the last step's evaluation
         while self.position.phase_step < phase.steps:
-            self._step(self._steps[signature], phase, frozen)
-            self._pause(phase, signature, frozen)
+            self._step(phase, branches[self._order[self.position.phase_step]])
+            self._pause(phase, branches)
         self._read_pending(phase)
 
-    def _step(self, step_function: Any, phase: Phase, frozen: Params) -> None:
-        config, position = self.config, self.position
+    def _step(self, phase: Phase, branch: BranchRun) -> None:
+        position = self.position
         waited = time.perf_counter()
         batch = next(self.batches)
         self._clock.data_seconds += time.perf_counter() - waited
-        fraction = schedule_fraction(config.optimizer, position.phase_step, phase.steps)
-        scalars = self.program.placement.to_small(np.float32(fraction), np.int32(position.step))
-        batch, activations = self.inputs.training_batch(phase, batch, position.step)
-        self.state, metrics = step_function(self.state, frozen, batch, activations, *scalars)
+        scalars = self.program.placement.to_small(self._fractions(phase, branch), np.int32(position.step))
+        batch, activations = self.inputs.training_batch(branch.branch, batch, position.step)
+        self.state, metrics = branch.update(self.state, batch, activations, scalars)
         position.step += 1
         position.phase_step += 1
         position.done_flops += self.plan.step_flops[position.phase]
@@ -219,7 +230,13 @@ class Run:
             self._clock.restart(position.phase_step)
             self.progress.start_clock(self.plan.step_flops[position.phase])
 
-    def _pause(self, phase: Phase, signature: Signature, frozen: Params) -> None:
+    def _fractions(self, phase: Phase, branch: BranchRun) -> np.ndarray:
+        """What the learning rate of each part that the branch trains is multiplied by."""
+        first, steps = phase.schedule or (0, phase.steps)
+        fraction = schedule_fraction(self.config.optimizer, first + self.position.phase_step, steps)
+        return np.array([fraction * phase.rate(name) for name in branch.rate_names], np.float32)
+
+    def _pause(self, phase: Phase, branches: list[BranchRun]) -> None:
         """Between two steps: evaluates and saves where it is time for it, and answers a signal."""
         self.folder.check()
         evaluates, saves = self._is_due(self.config.evaluation.every_steps, phase), self._snapshot_is_due(phase)
@@ -227,7 +244,7 @@ class Run:
             self._read_pending(phase)  # waits for the step, so that its time is counted as its own
             with self.progress.untimed():
                 if evaluates:
-                    values = self._evaluate(phase, signature, frozen)
+                    values = self._evaluate(phase, branches)
                     self.writer.write("held_out", self.position.step, {"phase": phase.name, **values})
                 if saves:  # after everything that a continued run does not come by again
                     require_finite(self.state, self._where())
@@ -240,6 +257,7 @@ class Run:
             return
         (done, _), values = self._pending, read_metrics(*self._pending)
         self._pending = None
+        self._clock.losses[phase.branch_names[self._order[done - 1]]] = values["loss"]
         if done % self.config.logging.every_steps == 0 or done == phase.steps:
             self._log(phase, done, values)
 
@@ -251,60 +269,64 @@ class Run:
         if steps:  # the first step of a phase is not timed
             rates = self.progress.measure(flops * steps, self.plan.tokens_per_step * steps, clock.data_seconds)
         clock.restart(done)
+        if len(phase.branches) > 1:  # which take turns: the last update's loss is of one of them
+            values |= {f"loss_{name}": loss for name, loss in clock.losses.items()}
         self.writer.write("train", step, {"phase": phase.name, "phase_step": done, **values, **rates})
-        self.progress.show(phase.name, done, phase.steps, values["loss"], rates)
+        self.progress.show(phase.name, done, phase.steps, clock.losses, rates)
 
-    def _evaluate(self, phase: Phase, signature: Signature, frozen: Params) -> dict[str, float]:
-        """Held-out loss of the path as it stands, in nats per weighted token; a causal model also in bits per byte."""
-        if signature not in self._evaluations:
-            self._evaluations[signature] = make_evaluation(self.program, signature)
-        evaluate = self._evaluations[signature]
-        sums = []
-        for batch, activations in self.inputs.held_out_batches(phase):
-            self._signals.poll()
-            sums.append(evaluate(self.state.params, frozen, batch, activations))
-        total, weight = (float(sum(column)) for column in zip(*sums, strict=True))
-        result = {"loss": total / max(weight, 1.0)}
-        if not math.isfinite(total):
-            raise UserError(f"held-out loss={total} in phase {phase.name} after {self.position.step} steps; {TRY}")
-        if self.config.objective.name == "clm":
-            result["bits_per_byte"] = total / math.log(2) / max(self._held_out_bytes, 1)
-        return result
+    def _evaluate(self, phase: Phase, branches: list[BranchRun]) -> dict[str, float]:
+        """Held-out loss of the paths as they stand, in nats per token that is asked for; see `held_out_figures`."""
+        measured = [branches[number] for number in phase.measured]
+        sums = [own.held_out(self.state, self._signals.poll) for own in measured]
+        for total, _ in sums:
+            if not math.isfinite(total):
+                raise UserError(f"held-out loss={total} in phase {phase.name} after {self.position.step} steps; {TRY}")
+        return held_out_figures([own.branch for own in measured], sums, self._held_out_bytes)
 
-    @functools.cached_property
-    def _held_out_bytes(self) -> int:
-        """Bytes of the text that the held-out loss asks for."""
-        examples = (self.program.corrupt(self.program.mask_key, batch) for batch in self.inputs.held_out)
-        count = self.corpus.tokenizer.scored_bytes
-        return sum(count(np.asarray(example.targets), np.asarray(example.weights)) for example in examples)
-
-    def frozen_parts(self, phase: Phase, signature: Signature) -> Params:
-        """What the step runs through: only what it needs, so that equal signatures see equal trees."""
-        stacks = [self.frozen.stacks[stack] for stack, role in phase.body if role is Role.FROZEN]
-        parts: Params = {"frozen_stacks": stacks}
-        if signature.head is Role.FROZEN:
-            parts["head"] = self.frozen.head
-        if signature.embedding is Role.FROZEN and not signature.head_has_table:
-            parts["embedding"] = self.frozen.embedding
-        return self.program.placement.to_weights(parts)
+    def _held_out_bytes(self, task: Task) -> int:
+        """Bytes of the text that the held-out loss of a task asks for."""
+        if task not in self._bytes:
+            examples = (self.program.corrupt(task, batch) for batch in self.inputs.held_out)
+            count = self.corpus.tokenizer.scored_bytes
+            self._bytes[task] = sum(count(np.asarray(own.targets), np.asarray(own.weights)) for own in examples)
+        return self._bytes[task]
 
     # State: beginning, settling, saving, restoring.
 
     def _settle(self, phase: Phase) -> None:
-        """Moves what freezes from the live state to the frozen rack and writes each part once."""
-        state = untie_head(self.config, self.state) if phase.unties_head else self.state
-        params, optimizer = dict(state.params), dict(state.optimizer)
-        for stack, tree in zip(phase.live_stacks, params.pop("stacks", []), strict=True):
-            self._freeze("stacks", str(stack), f"{stack:04d}", to_storage(tree, self.config.precision.trunk))
-        optimizer.pop("stacks", None)
-        if phase.live_stacks and phase.head is Role.LIVE and "head" not in phase.settles:
-            newest = phase.live_stacks[-1]
-            self.references["taps"][str(newest)] = self._write_tap(newest, params["head"])
-        for name in ("embedding", "head"):
-            if name in phase.settles:
-                self._freeze(name, name, name, params.pop(name))
-                optimizer.pop(name)
-        self.state = TrainState(params, optimizer, state.scaling)
+        """Writes a frozen copy of what settles, lays aside what is trained again later, and lets the rest go."""
+        parts = split(self.state, part_names(phase))
+        if phase.unties_head:
+            parts = untie_head(self.config, parts)
+        for name in phase.settles:
+            params, moments = parts[name]
+            if name in phase.shelves:
+                self._freeze("shelves", str(name), f"shelf-{name}", {"params": params, "optimizer": moments})
+            if isinstance(name, int):
+                self._freeze("stacks", str(name), f"{name:04d}", to_storage(params, self.config.precision.trunk))
+            else:
+                self._freeze(name, name, name, params)
+        kept = carried_names(self.plan.phases, self.position.phase + 1) if not self._is_last(phase) else ()
+        for stack in phase.adapter_stacks:
+            if adapter_name(stack) not in kept:
+                self._settle_adapter(stack, parts[adapter_name(stack)][0])
+        newest = phase.newest
+        if newest is not None and phase.main.head is Role.LIVE and "head" not in phase.settles:
+            self.references["taps"][str(newest)] = self._write_tap(newest, parts["head"][0])
+        self.state = joined(parts, kept, self.state.scaling)
+
+    def _is_last(self, phase: Phase) -> bool:
+        return phase is self.plan.phases[-1]
+
+    def _settle_adapter(self, stack: int, adapter: Params) -> None:
+        """An adapter is a part of its own, or is added into its stack for good."""
+        adapters = self.config.training.adapters
+        if not adapters.merge:
+            self._freeze("adapters", str(stack), f"adapter-{stack:04d}", adapter)
+            return
+        base = from_storage(self.frozen.stacks[stack], jnp.float32)
+        merged = merge(base, adapter, adapters.alpha)
+        self._freeze("stacks", str(stack), f"{stack:04d}", to_storage(merged, self.config.precision.trunk))
 
     def _write_tap(self, stack: int, head: Params) -> str:
         """The head as it is after a stack, so that the rack can be read at that depth."""
@@ -361,15 +383,13 @@ class Run:
         say(text)
         snapshot = self.folder.restore()
         if snapshot is None:
-            phase, signature = self.plan.phases[0], self.plan.signatures[0]
-            self.state = fresh_lasting_parts(self.config, self.program.key, phase, signature)
+            if self.config.training.mode == "fusion":
+                for kind, name, tree in assemble(self.config, tokenizer, say):
+                    self._freeze(kind, name, f"{int(name):04d}" if kind == "stacks" else name, tree)
+                self._save(required=True)
             return
         self.position, self.references = Position(**snapshot.meta["position"]), snapshot.meta["parts"]
         self.frozen = snapshot.frozen
         if snapshot.state is not None:
             self.state = self.program.placement.to_weights(snapshot.state)
         say(f"continuing {self.folder.path} after {self._where()}")
-
-
-def _no_references() -> dict[str, dict[str, str]]:
-    return {"embedding": {}, "stacks": {}, "head": {}, "taps": {}}

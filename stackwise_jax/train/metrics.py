@@ -178,8 +178,12 @@ class Progress:
         """Counts untimed work (by an earlier process, in a cache), so that the ETA does not expect it again."""
         self._total_flops -= flops
 
-    def show(self, phase: str, step: int, steps: int, loss: float, rates: dict[str, float]) -> None:
-        """Shows the line, or leaves it out where the last one is too recent for a log file."""
+    def show(self, phase: str, step: int, steps: int, losses: dict[str, float], rates: dict[str, float]) -> None:
+        """Shows the line, or leaves it out where the last one is too recent for a log file.
+
+        Args:
+          losses: the last loss of each branch of the phase, by name.
+        """
         now = time.monotonic()
         if not self._is_terminal and now - self._shown_at < self.LOG_SECONDS:
             return
@@ -187,7 +191,7 @@ class Progress:
         device, host = device_memory(), host_memory()
         parts = [
             f"{phase} {step}/{steps}",
-            f"loss {loss:.3f}",
+            "loss " + ", ".join((f"{name} " if len(losses) > 1 else "") + f"{own:.3f}" for name, own in losses.items()),
         ]
         if rates:
             parts.append(f"{readable_count(rates['tokens_per_second'])} tok/s")

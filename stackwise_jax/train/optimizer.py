@@ -6,6 +6,7 @@ dropped or kept alone.
 """
 
 import dataclasses
+import itertools
 import math
 import typing
 import zlib
@@ -115,22 +116,27 @@ def update_part(
 
 
 def update_parts(
-    transforms: Transforms, gradients: Params, states: Params, params: Params, fraction: Float[AnyArray, ""]
+    transforms: Transforms, gradients: Params, states: Params, params: Params, fractions: Float[AnyArray, "P"]
 ) -> tuple[Params, Params]:
-    """One update of every live part."""
+    """One update of every live part.
+
+    Args:
+      fractions: of the learning rate, one for each part: kinds in alphabetical order, lists entry by entry.
+    """
     new_params: Params = {}
     new_states: Params = {}
-    for name, part in params.items():
+    number = itertools.count()
+    for name in sorted(params):
+        part, transform = params[name], transforms[name]
         if isinstance(part, list):
             pairs = [
-                update_part(transforms[name], *entry, fraction)
+                update_part(transform, *entry, fractions[next(number)])
                 for entry in zip(gradients[name], states[name], part, strict=True)
             ]
             new_params[name], new_states[name] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         else:
-            new_params[name], new_states[name] = update_part(
-                transforms[name], gradients[name], states[name], part, fraction
-            )
+            updated = update_part(transform, gradients[name], states[name], part, fractions[next(number)])
+            new_params[name], new_states[name] = updated
     return new_params, new_states
 
 

@@ -1,24 +1,33 @@
-"""What training changes and what it has settled, part by part, and how fresh parts are drawn.
+"""What training changes and what it has settled, part by part, and where the parts of a phase come from.
 
-Parts are "embedding", "head" and "stacks" (the live stacks in path order). Between phases only what stays live is in
-the state; a phase adds its stacks when it begins and they leave for the frozen rack when it ends.
+In a `TrainState` parts are "embedding", "head", "stacks" (the live stacks in path order) and "adapters". Between phases
+only what stays live is in it; a phase adds the rest when it begins: from the shelf, from a frozen copy, made from a
+stack that is there, or drawn.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from stackwise_jax.checks.training import adapter_ranks
 from stackwise_jax.memory.fingerprint import named_leaves
 from stackwise_jax.memory.placement import make_placement
-from stackwise_jax.memory.precision import as_master, to_storage
+from stackwise_jax.memory.precision import as_master, from_storage, to_storage
+from stackwise_jax.models.adapters import attach, init_adapter
+from stackwise_jax.models.growth import grow, grow_moments
 from stackwise_jax.models.rack import init_embedding, init_head, init_rack_stack
+from stackwise_jax.models.stack import placed
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.curriculum import Phase, Role, Signature, stack_sizes
 from stackwise_jax.train.optimizer import init_part, make_transforms
-from stackwise_jax.train.scaling import init_scaling
+from stackwise_jax.train.optimizer_state import in_stream
+from stackwise_jax.train.phases import Branch, Name, Phase, stack_sizes
 from stackwise_jax.types import Key, Params
+
+# Stream of the run's key that adapters are drawn from (see train/step.py and train/optimizer.py for others).
+ADAPTER_STREAM = 17
 
 
 @jax.tree_util.register_dataclass
@@ -37,102 +46,224 @@ class TrainState:
     scaling: Params = dataclasses.field(default_factory=dict)
 
 
+Parts = dict[Name, tuple[Any, Any]]
+"""(weights, optimiser state) of live parts by name; an adapter's name is that of `adapter_name`."""
+
+
+def adapter_name(stack: int) -> str:
+    """The name of the adapter of a stack among parts."""
+    return f"adapter_{stack:04d}"
+
+
+def part_names(owner: Phase | Branch) -> tuple[Name, ...]:
+    """What a phase, or one of its branches, trains: names in the order of a `TrainState`."""
+    return (*owner.live_names, *map(adapter_name, owner.adapter_stacks))
+
+
+def split(state: TrainState, names: Iterable[Name]) -> Parts:
+    """The parts of a state that holds those of `names`."""
+    left = {
+        kind: iter(zip(state.params[kind], state.optimizer[kind], strict=True)) for kind in _LISTS & set(state.params)
+    }
+    return {
+        name: next(left[kind]) if (kind := _kind(name)) in _LISTS else (state.params[kind], state.optimizer[kind])
+        for name in names
+    }
+
+
+def joined(parts: Parts, names: Iterable[Name], scaling: Params) -> TrainState:
+    """The state that holds the parts of `names`."""
+    params: Params = {}
+    optimizer: Params = {}
+    for name in names:
+        weights, moments = parts[name]
+        if (kind := _kind(name)) in _LISTS:
+            params.setdefault(kind, []).append(weights)
+            optimizer.setdefault(kind, []).append(moments)
+        else:
+            params[kind], optimizer[kind] = weights, moments
+    return TrainState(params, optimizer, scaling)
+
+
+_LISTS = {"stacks", "adapters"}
+
+
+def _kind(name: Name) -> str:
+    """Where in a state a part lies."""
+    if isinstance(name, int):
+        return "stacks"
+    return "adapters" if name.startswith("adapter_") else name
+
+
 @dataclasses.dataclass
 class Frozen:
     """The settled parts of the rack, as stored, on the host, and the digest of each.
 
     Digests are by name: "embedding", "head", or a stack's number.
+
+    Attributes:
+      adapters: of stacks, beside them.
+      shelves: by name, (weights, moments) of parts that a later phase trains on, as {"params", "optimizer"}.
     """
 
     embedding: Params | None = None
     stacks: dict[int, Params] = dataclasses.field(default_factory=dict)
     head: Params | None = None
+    adapters: dict[int, Params] = dataclasses.field(default_factory=dict)
+    shelves: dict[str, Params] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def keep(self, kind: str, name: str, tree: Params, digest: str) -> None:
-        """Takes a part in, on the host, with its `tree_digest`; `kind` is "embedding", "stacks" or "head"."""
+        """Takes a part in, on the host, with its `tree_digest`; `kind` is an attribute of this class."""
+        if kind == "shelves":
+            self.shelves[name] = tree
+            return
+        if kind == "adapters":
+            self.adapters[int(name)] = tree
+            return
         self.digests[name] = digest
         if kind == "stacks":
             self.stacks[int(name)] = tree
         else:
             setattr(self, kind, tree)
 
+    def part(self, name: Name) -> Params | None:
+        """The frozen copy of a part; None: there is none."""
+        return self.stacks.get(name) if isinstance(name, int) else getattr(self, name)
 
-def fresh_lasting_parts(config: RunConfig, key: Key, phase: Phase, signature: Signature) -> TrainState:
-    """Draws what outlasts a phase, embedding and head, with fresh optimiser state, and the first loss scale."""
-    return make_placement(config.mesh).build(lambda: _draw_lasting_parts(config, key, phase, signature))
-
-
-def _draw_lasting_parts(config: RunConfig, key: Key, phase: Phase, signature: Signature) -> TrainState:
-    model = config.model
-    params: Params = {}
-    if phase.embedding is Role.LIVE:
-        params["embedding"] = jax.jit(init_embedding, static_argnums=1)(key, model)
-    if phase.head is Role.LIVE:
-        own_table = dataclasses.replace(model, ties_embedding=not signature.head_has_table)
-        params["head"] = jax.jit(init_head, static_argnums=1)(key, own_table)
-    return dataclasses.replace(_with_optimizer(config, phase, params), scaling=init_scaling(config))
+    def rack(self, alpha: float) -> Params:
+        """The rack of all that is settled, adapters attached."""
+        stacks = [
+            attach(tree, self.adapters[stack], alpha) if stack in self.adapters else tree
+            for stack, tree in sorted(self.stacks.items())
+        ]
+        return {"embedding": self.embedding, "stacks": stacks, "head": self.head}
 
 
-def fresh_stacks(config: RunConfig, key: Key, phase: Phase) -> TrainState:
-    """Draws the live stacks of a phase, with fresh optimiser state; empty for a phase without."""
-    if not phase.live_stacks:
-        return TrainState({}, {})
-    return make_placement(config.mesh).build(lambda: _draw_stacks(config, key, phase))
+class PartSource:
+    """Makes live parts of a run: fresh ones, and those of a phase that begins."""
+
+    def __init__(self, config: RunConfig, key: Key) -> None:
+        self.config, self.key = config, key
+        self._place = make_placement(config.mesh)
+        self._transforms = make_transforms(config, scales_head=False)  # its rates are no matter of the state
+
+    def begin(self, phase: Phase, carried: Parts, frozen: Frozen, *, head_has_table: bool) -> Parts:
+        """What a phase trains, from what the one before left live and what is settled; empties shelves it uses."""
+        parts: Parts = {}
+        made_from, progressive = dict(phase.grows), self.config.training.progressive
+        for name in part_names(phase):
+            if name in carried:
+                parts[name] = carried[name]
+            elif str(name) in frozen.shelves:
+                shelf = self._place.to_weights(frozen.shelves.pop(str(name)))
+                parts[name] = (shelf["params"], shelf["optimizer"])
+            elif name in made_from:
+                parts[name] = self._grown(carried[made_from[name]], phase.operator, name)
+            elif _kind(name) != "adapters" and (settled := frozen.part(name)) is not None:
+                parts[name] = self._thawed(settled, name)
+            else:
+                silent = isinstance(name, int) and bool(frozen.stacks) and progressive.new_stack == "silent"
+                parts[name] = self._place.build(lambda own=name, s=silent: self.fresh(own, head_has_table, silent=s))
+        return parts
+
+    def fresh(self, name: Name, head_has_table: bool, *, silent: bool = False) -> tuple[Any, Any]:
+        """A part as it is drawn from the run's key, with fresh optimiser state; a `silent` stack adds nothing yet."""
+        params = self._drawn(name, head_has_table)
+        return self._with_moments(name, grow(params, "zero_output", self.config.model) if silent else params)
+
+    def _drawn(self, name: Name, head_has_table: bool) -> Params:
+        config, model, sizes = self.config, self.config.model, stack_sizes(self.config)
+        if isinstance(name, int):
+            draw = jax.jit(init_rack_stack, static_argnums=(1, 3))
+            return as_master(draw(self.key, model, sum(sizes[:name]), sizes[name]), config.precision.weights)
+        if name == "embedding":
+            return jax.jit(init_embedding, static_argnums=1)(self.key, model)
+        if name == "head":
+            own_table = dataclasses.replace(model, ties_embedding=not head_has_table)
+            return jax.jit(init_head, static_argnums=1)(self.key, own_table)
+        stack, adapters = int(name.removeprefix("adapter_")), config.training.adapters
+        rank = adapter_ranks(adapters, len(sizes))[stack]
+        key = jax.random.fold_in(self.key, ADAPTER_STREAM)
+        return init_adapter(key, model, sum(sizes[:stack]), sizes[stack], rank=rank, targets=adapters.targets)
+
+    def _thawed(self, settled: Params, name: Name) -> tuple[Any, Any]:
+        """A settled part that is trained again and whose own weights were not laid aside."""
+
+        def thaw(tree: Params) -> tuple[Any, Any]:
+            params = from_storage(tree, jnp.float32)
+            params = as_master(params, self.config.precision.weights) if isinstance(name, int) else params
+            return self._with_moments(name, params)
+
+        return self._place.build(thaw, settled)
+
+    def _grown(self, source: tuple[Any, Any], operator: str, name: int) -> tuple[Any, Any]:
+        """A new stack made from one that is live, with moments made from its moments."""
+        model = self.config.model
+
+        def make(params: Params, moments: Any) -> tuple[Any, Any]:
+            stack = placed(grow(params, operator, model), model, sum(stack_sizes(self.config)[:name]))
+            return stack, in_stream(grow_moments(moments, operator), name)
+
+        return self._place.build(make, *source)
+
+    def _with_moments(self, name: Name, params: Params) -> tuple[Params, Any]:
+        kind = _kind(name)
+        moments = init_part(self._transforms, kind, params)
+        index = name if isinstance(name, int) else 0
+        return params, in_stream(moments, index) if kind in _LISTS else moments
+
+    def snapshot_shape(
+        self, phases: tuple[Phase, ...], index: int, *, inside: bool, head_has_table: bool, scaling: Params
+    ) -> TrainState:
+        """Shapes and dtypes of a snapshot taken inside a phase, or at its beginning: then of what it was left."""
+        names = part_names(phases[index]) if inside else carried_names(phases, index)
+
+        def draw() -> TrainState:
+            return joined({name: self.fresh(name, head_has_table) for name in names}, names, scaling)
+
+        return jax.eval_shape(draw)
 
 
-def _draw_stacks(config: RunConfig, key: Key, phase: Phase) -> TrainState:
-    sizes = stack_sizes(config)
-    draw = jax.jit(init_rack_stack, static_argnums=(1, 3))
-    stacks = [draw(key, config.model, sum(sizes[:i]), sizes[i]) for i in phase.live_stacks]
-    stacks = [as_master(stack, config.precision.weights) for stack in stacks]
-    return _with_optimizer(config, phase, {"stacks": stacks})
-
-
-def join_states(first: TrainState, second: TrainState) -> TrainState:
-    """The parts of both."""
-    params, optimizer = {**first.params, **second.params}, {**first.optimizer, **second.optimizer}
-    return TrainState(params, optimizer, {**first.scaling, **second.scaling})
-
-
-def snapshot_shape(config: RunConfig, key: Key, phase: Phase, signature: Signature, *, inside: bool) -> TrainState:
-    """Shapes and dtypes of a snapshot taken inside a phase, or at its beginning (without its stacks)."""
-
-    def draw() -> TrainState:
-        lasting = _draw_lasting_parts(config, key, phase, signature)
-        has_stacks = inside and phase.live_stacks
-        return join_states(lasting, _draw_stacks(config, key, phase)) if has_stacks else lasting
-
-    return jax.eval_shape(draw)
+def carried_names(phases: tuple[Phase, ...], index: int) -> tuple[Name, ...]:
+    """What phase `index` trains on from the phase before it, in the order of a `TrainState`."""
+    before = set(part_names(phases[index - 1])) if index else set()
+    return tuple(name for name in part_names(phases[index]) if name in before)
 
 
 def part_shape(config: RunConfig, key: Key, kind: str, name: str) -> Any:
     """Shapes and dtypes of a frozen part as stored; a frozen or tapped head has been untied where it ever is."""
     model = config.model
+    has_table = not model.ties_embedding or config.training.head == "copy"
     if kind == "stacks":
         size = stack_sizes(config)[int(name)]
         return jax.eval_shape(lambda: to_storage(init_rack_stack(key, model, 0, size), config.precision.trunk))
     if kind == "embedding":
         return jax.eval_shape(lambda: init_embedding(key, model))
-    own_table = dataclasses.replace(model, ties_embedding=model.ties_embedding and config.training.head != "copy")
-    return jax.eval_shape(lambda: init_head(key, own_table))
+    source = PartSource(config, key)
+    if kind == "head":
+        return jax.eval_shape(lambda: source.fresh("head", has_table)[0])
+    if kind == "adapters":
+        return jax.eval_shape(lambda: source.fresh(adapter_name(int(name)), has_table)[0])
+    part = int(name) if name.isdigit() else name
+
+    def shelf() -> Params:
+        params, moments = source.fresh(part, has_table)
+        return {"params": params, "optimizer": moments}
+
+    return jax.eval_shape(shelf)
 
 
-def untie_head(config: RunConfig, state: TrainState) -> TrainState:
+def untie_head(config: RunConfig, parts: Parts) -> Parts:
     """Gives the head its own copy of the tied table; its norm keeps its moments, the table starts with none."""
-    return make_placement(config.mesh).build(lambda old: _untie_head(config, old), state)
+    return {**parts, "head": make_placement(config.mesh).build(lambda old: _untie_head(config, old), parts)}
 
 
-def _untie_head(config: RunConfig, state: TrainState) -> TrainState:
-    head = {**state.params["head"], "table": jnp.copy(state.params["embedding"]["tokens"])}
+def _untie_head(config: RunConfig, parts: Parts) -> tuple[Params, Any]:
+    old, moments = parts["head"]
+    head = {**old, "table": jnp.copy(parts["embedding"][0]["tokens"])}
     transforms = make_transforms(config, scales_head=True)
-    moments = _carry_over(state.optimizer["head"], init_part(transforms, "head", head))
-    return TrainState({**state.params, "head": head}, {**state.optimizer, "head": moments}, state.scaling)
-
-
-def _with_optimizer(config: RunConfig, phase: Phase, params: Params) -> TrainState:
-    transforms = make_transforms(config, scales_head=phase.embedding is Role.FROZEN)
-    return TrainState(params, {name: init_part(transforms, name, part) for name, part in params.items()})
+    return head, _carry_over(moments, init_part(transforms, "head", head))
 
 
 def _carry_over(old: Any, new: Any) -> Any:

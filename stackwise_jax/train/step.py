@@ -16,14 +16,15 @@ from jaxtyping import Array, Float, Int
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.memory.placement import Placement, make_placement
 from stackwise_jax.memory.precision import DTYPES
+from stackwise_jax.models.adapters import attach
 from stackwise_jax.models.block import Context
-from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context
+from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context, time_vector
 from stackwise_jax.models.stack import apply_stack
-from stackwise_jax.objectives.objective import Corrupt, make_corrupt
+from stackwise_jax.objectives.objective import Task, make_corrupt, tasks
 from stackwise_jax.ops.loss import cross_entropy
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import optimizer
-from stackwise_jax.train.curriculum import Role, Signature
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.scaling import keep_where, loss_scale, next_scaling, scaling_metrics
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.types import AnyArray, Batch, Example, Key, Params, Vocabulary
@@ -32,7 +33,7 @@ from stackwise_jax.types import AnyArray, Batch, Example, Key, Params, Vocabular
 MASK_STREAM, DROPOUT_STREAM = 3, 4
 
 StepFunction = Callable[..., tuple[TrainState, dict[str, Array]]]
-"""(state, frozen, batch, activations | None, fraction, step) -> (state, metrics)."""
+"""(state, frozen, batch, activations | None, fractions, step) -> (state, metrics)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Program:
 
     Attributes:
       config: the resolved run.
-      corrupt: the objective.
+      vocabulary: the ids that objectives must know.
+      n_rows: training rows.
     """
 
     config: RunConfig
-    corrupt: Corrupt
+    vocabulary: Vocabulary
+    n_rows: int
 
     @property
     def placement(self) -> Placement:
@@ -66,14 +69,40 @@ class Program:
         return jax.random.fold_in(jax.random.fold_in(self.key, DROPOUT_STREAM), step)
 
     @property
+    def task(self) -> Task:
+        """What the run is asked; of several tasks the first."""
+        return tasks(self.config.objective, self.config.model.attention)[0][0]
+
+    @property
     def dtype(self) -> Any:
         """Arithmetic of the embedding, the trunk and the head."""
         return DTYPES[self.config.precision.compute]
 
-    def context(self, rows: Batch | Example) -> Context:
-        """What attention needs of rows; segments only where documents are kept apart."""
-        segments = rows.segments if self.config.data.isolate_documents else None
-        return row_context(self.config.model, segments, rows.positions)
+    def corrupt(self, task: Task, batch: Batch) -> Example:
+        """What a task asks of a batch."""
+        return make_corrupt(self.config.objective, task, self.vocabulary, n_rows=self.n_rows)(self.mask_key, batch)
+
+    def context(self, task: Task, example: Example, embedding: Params) -> Context:
+        """What blocks need of rows; segments only where documents are kept apart.
+
+        Args:
+          embedding: with what turns masked fractions into a vector, where the model takes time as input.
+        """
+        model = self.config.model
+        return row_context(
+            model,
+            example.segments if self.config.data.isolate_documents else None,
+            example.positions,
+            kind=task.attention,
+            prefix_lengths=example.prefix_lengths,
+            block_length=self.config.objective.block_length if task.attention == "block_diffusion" else None,
+            time=self._time(example, embedding),
+        )
+
+    def _time(self, example: Example, embedding: Params) -> Float[Array, "B C"] | None:
+        if not self.config.model.time_input or example.rates is None:
+            return None
+        return time_vector(self.placement.as_whole(embedding), example.rates)
 
     @property
     def live_dtype(self) -> Any:
@@ -89,38 +118,65 @@ class Program:
         x = apply_embedding(params, inputs, positions, self.config.model, dtype=self.dtype, key=key)
         return self.placement.as_rows(x)
 
-    def apply_live_stack(
-        self, params: Params, x: Float[Array, "B T D"], context: Context, key: Key | None
+    def apply_stack(
+        self, role: Role, live: Params, settled: Params, x: Float[Array, "B T D"], context: Context, key: Key | None
     ) -> Float[Array, "B T D"]:
-        """Runs a stack that is trained: in its own arithmetic, laid out and kept as the config says."""
+        """Runs a stack of a path's body.
+
+        Args:
+          live: what of it is trained: the stack, its adapter, or nothing.
+          settled: what is not: nothing, or the stack.
+        """
+        training = self.config.training
+        if role is Role.LIVE:
+            in_fp8 = training.progressive.new_stack_precision == "fp8"
+            return self._run(live, x, context, self.live_dtype, key, in_fp8=in_fp8)
+        if role is Role.ADAPTER:
+            settled = attach(settled, live, training.adapters.alpha)
+        # Without remat the backward pass would keep every matrix of a quantised tail decoded.
+        return self._run(settled, x, context, self.dtype, None)
+
+    def _run(
+        self, params: Params, x: Array, context: Context, dtype: Any, key: Key | None, *, in_fp8: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Runs a stack that gradient passes through, laid out and kept as the config says."""
         training = self.config.training
         x = apply_stack(
             params,
             x,
             context,
             self.config.model,
-            dtype=self.live_dtype,
-            in_fp8=training.progressive.new_stack_precision == "fp8",
+            dtype=dtype,
+            in_fp8=in_fp8,
             remat=training.remat,
             unroll=training.unroll_blocks,
             key=key,
-            around=self.placement.around_block(self.live_dtype),
+            around=self.placement.around_block(dtype),
         )
         return self.placement.as_rows(x)
 
-    def apply_frozen_stack(
-        self, params: Params, x: Float[Array, "B T D"], context: Context, *, remat: str = "none"
-    ) -> Float[Array, "B T D"]:
-        """Runs a stack that is settled, without dropout; `remat` where gradient passes through."""
+    def apply_trunk_stack(self, params: Params, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        """Runs a stack of the trunk, which no gradient reaches."""
         around = self.placement.around_block(self.dtype)
-        x = apply_stack(params, x, context, self.config.model, dtype=self.dtype, remat=remat, around=around)
+        x = apply_stack(params, x, context, self.config.model, dtype=self.dtype, around=around)
         return self.placement.as_rows(x)
 
 
 def make_program(config: RunConfig, tokenizer: Tokenizer, *, n_rows: int) -> Program:
     """The program of a run on a corpus of `n_rows` training rows."""
     vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
-    return Program(config, make_corrupt(config.objective, vocabulary, n_rows=n_rows))
+    return Program(config, vocabulary, n_rows)
+
+
+def body_parts(signature: Signature, parts: Params) -> list[tuple[Params, Params]]:
+    """(what is trained, what is settled) of each stack of a path's body; nothing is an empty tree."""
+    live, adapters, settled = (iter(parts[name]) for name in ("stacks", "adapters", "frozen_stacks"))
+    take = {
+        Role.LIVE: lambda: (next(live), {}),
+        Role.FROZEN: lambda: ({}, next(settled)),
+        Role.ADAPTER: lambda: (next(adapters), next(settled)),
+    }
+    return [take[role]() for _, role in signature.body]
 
 
 def run_path(
@@ -130,28 +186,46 @@ def run_path(
     example: Example,
     activations: Float[Array, "B T D"] | None,
     key: Key | None,
-) -> Float[Array, "B T E"]:
-    """Runs the body of a path, from tokens or from the trunk's output, up to the output table."""
-    model = program.config.model
-    context = program.context(example)
+) -> tuple[Float[Array, "B T E"], Float[Array, ""]]:
+    """Runs the body of a path, from tokens or from the trunk's output, up to the output table.
+
+    Returns:
+      What meets the output table, and the summed penalty of `consistency` (0 where it is not asked for).
+    """
+    model, embedding = program.config.model, parts.get("embedding", {})
+    context = program.context(signature.task, example, embedding)
     keys = [None] * (len(signature.body) + 1) if key is None else list(jax.random.split(key, len(signature.body) + 1))
     if activations is None:
-        x = program.apply_embedding(parts["embedding"], example.inputs, example.positions, keys[0])
+        x = program.apply_embedding(embedding, example.inputs, example.positions, keys[0])
     else:
         x = activations
-    live, frozen = iter(parts["stacks"]), iter(parts["frozen_stacks"])
-    for (_, role), stack_key in zip(signature.body, keys[1:], strict=True):
-        if role is Role.LIVE:
-            x = program.apply_live_stack(next(live), x, context, stack_key)
-        else:
-            # Without remat the backward pass would keep every matrix of a quantised tail decoded.
-            x = program.apply_frozen_stack(next(frozen), x, context, remat=program.config.training.remat)
-    return apply_head_norm(parts["head"], x.astype(program.dtype), model)
+    roles = [role for _, role in signature.body]
+    last_live = max((number for number, role in enumerate(roles) if role is Role.LIVE), default=None)
+    penalty = jnp.zeros(())
+    for number, (role, own, stack_key) in enumerate(zip(roles, body_parts(signature, parts), keys[1:], strict=True)):
+        x = program.apply_stack(role, *own, x, context, stack_key)
+        if number == last_live and example.revealed is not None:
+            penalty = consistency(program, embedding, x, example)
+    return apply_head_norm(parts["head"], x.astype(program.dtype), model, context.time), penalty
+
+
+def consistency(program: Program, embedding: Params, x: Float[Array, "B T D"], example: Example) -> Float[Array, ""]:
+    """How far what a band puts out is from E(token) where the next band sees the token.
+
+    The sum over revealed places of mean((x / rms(x) - e / rms(e))**2), e the token's embedding, which takes no
+    gradient; times `objective.consistency`.
+    """
+    clean = program.apply_embedding(embedding, example.targets, example.positions, None)
+    wide = [a.astype(jnp.float32) for a in (x, jax.lax.stop_gradient(clean))]
+    unit, target = (a * jax.lax.rsqrt(jnp.mean(a * a, axis=-1, keepdims=True) + 1e-12) for a in wide)
+    distance = jnp.mean(jnp.square(unit - target), axis=-1)
+    assert example.revealed is not None
+    return program.config.objective.consistency * jnp.sum(jnp.where(example.revealed, distance, 0.0))
 
 
 def join_parts(live: Params, frozen: Params) -> Params:
     """Live and frozen parts as one tree for `run_path`."""
-    return {"stacks": [], "frozen_stacks": [], **frozen, **live}
+    return {"stacks": [], "adapters": [], "frozen_stacks": [], **frozen, **live}
 
 
 def path_loss(
@@ -163,20 +237,20 @@ def path_loss(
     activations: Float[Array, "B T D"] | None,
     key: Key | None,
     z_loss: float = 0.0,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns (summed loss in nats, summed weight) of a batch, in float32; `z_loss` as in `cross_entropy`."""
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Returns (summed loss in nats, what it is divided by, penalty to be added in training) of a batch, in float32.
+
+    `z_loss` as in `cross_entropy`.
+    """
     parts = join_parts(live, frozen)
-    example = program.corrupt(program.mask_key, batch)
-    hidden = run_path(program, signature, parts, example, activations, key)
+    example = program.corrupt(signature.task, batch)
+    hidden, penalty = run_path(program, signature, parts, example, activations, key)
     table = output_table(parts["head"], parts.get("embedding", {}))
-    return (
-        head_loss(program, hidden, table, example, z_loss),
-        jnp.sum(example.weights),
-    )
+    return head_loss(program, hidden, table, example, z_loss), example.weight, penalty
 
 
 def head_loss(
-    program: Program, hidden: Float[Array, "B T D"], table: Float[Array, "V D"], example: Example, z_loss: float = 0.0
+    program: Program, hidden: Float[Array, "B T E"], table: Float[Array, "V E"], example: Example, z_loss: float = 0.0
 ) -> Float[Array, ""]:
     """Summed cross-entropy, in chunks of tokens; on several devices each computes that of its own rows."""
 
@@ -204,8 +278,9 @@ def make_gradients(program: Program, signature: Signature) -> Callable[..., tupl
     def loss(
         live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None, scale: Array | None
     ) -> tuple[Array, tuple[Array, Array]]:
-        total, weight = path_loss(program, signature, live, frozen, batch, activations, key, z_loss)
-        return total if scale is None else total * scale, (total, weight)
+        total, weight, penalty = path_loss(program, signature, live, frozen, batch, activations, key, z_loss)
+        asked = total + penalty
+        return asked if scale is None else asked * scale, (total, weight)
 
     grad = jax.value_and_grad(loss, has_aux=True)
     pieces, place = program.config.training.accumulation_steps, program.placement
@@ -241,10 +316,11 @@ def make_gradients(program: Program, signature: Signature) -> Callable[..., tupl
 def make_train_step(program: Program, signature: Signature) -> StepFunction:
     """Compiles the fused step of a signature: one executable from batch to update, state donated.
 
-    The returned function takes (state, frozen, batch, activations, fraction, step): `activations` are the trunk's
-    output or None where the path starts from tokens, `fraction` the schedule's, `step` the run's update count for
-    dropout. Its metrics are scalars on the device: loss (nats per weighted token), gradient_norm, weight; with a scaled
-    loss also those of `scaling_metrics`.
+    The returned function takes (state, frozen, batch, activations, fractions, step): `activations` are the trunk's
+    output or None where the path starts from tokens, `fractions` what the learning rate of each part is multiplied by
+    (one a part, in the order of `optimizer.update_parts`), `step` the run's update count for dropout. Its metrics are
+    scalars on the device: loss (nats per token that is asked for), gradient_norm, weight; with a scaled loss also those
+    of `scaling_metrics`.
     """
     gradients = make_gradients(program, signature)
     config = program.config.optimizer
@@ -256,7 +332,7 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
         frozen: Params,
         batch: Batch,
         activations: Array | None,
-        fraction: Float[AnyArray, ""],
+        fractions: Float[AnyArray, "P"],
         step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
         scale = loss_scale(state.scaling)
@@ -266,7 +342,7 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
         norm = optimizer.gradient_norm(grads) / divisor
         factor = optimizer.clip_scale(norm, config.clip_norm) / divisor
         grads = optimizer.scaled(grads, factor)
-        params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fraction)
+        params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fractions)
         metrics = {"loss": total / weight, "gradient_norm": norm, "weight": weight}
         if scale is not None:
             is_finite = jnp.isfinite(norm)
@@ -283,6 +359,6 @@ def make_evaluation(program: Program, signature: Signature) -> Callable[..., tup
 
     @jax.jit
     def evaluate(live: Params, frozen: Params, batch: Batch, activations: Array | None) -> tuple[Array, Array]:
-        return path_loss(program, signature, live, frozen, batch, activations, None)
+        return path_loss(program, signature, live, frozen, batch, activations, None)[:2]
 
     return evaluate

@@ -1,6 +1,7 @@
 """Reading a run folder alone: the rack as it stands, for generation and evaluation."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -10,9 +11,10 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.memory.placement import to_device
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.checkpoint import read_tree
-from stackwise_jax.train.curriculum import make_curriculum, stack_sizes
+from stackwise_jax.train.curriculum import make_curriculum
 from stackwise_jax.train.folder import Snapshot, newest_snapshot
-from stackwise_jax.train.state import part_shape
+from stackwise_jax.train.phases import stack_sizes
+from stackwise_jax.train.state import adapter_name, carried_names, part_names, part_shape, split
 from stackwise_jax.types import Params
 
 
@@ -25,6 +27,7 @@ class Trained:
       corpus_digest: of the corpus that it was trained on.
       step: updates behind it.
       finished: the curriculum has ended.
+      taps: folders of the heads as they stood after stacks, where a head lived on.
     """
 
     config: RunConfig
@@ -33,6 +36,11 @@ class Trained:
     corpus_digest: str
     step: int
     finished: bool
+    taps: Mapping[int, Path] = dataclasses.field(default_factory=dict)
+
+    def tap(self, stack: int) -> Params | None:
+        """The head as it stood after a stack; None where none was written."""
+        return read_tap(self.config, self.taps, stack)
 
     @property
     def model(self) -> ModelConfig:
@@ -68,38 +76,54 @@ def load_trained(workdir: Path | str, *, n_stacks: int | None = None) -> Trained
     if n_stacks is not None and n_stacks != len(rack["stacks"]):
         rack = _cut(workdir, config, meta, rack, n_stacks)
     finished = meta["phase"] == len(make_curriculum(config))
-    return Trained(config, tokenizer, rack, meta["corpus"], meta["step"], finished)
+    taps = tap_folders(workdir, meta["parts"]["taps"])
+    return Trained(config, tokenizer, rack, meta["corpus"], meta["step"], finished, taps)
+
+
+def tap_folders(workdir: Path, references: Mapping[str, str]) -> dict[int, Path]:
+    """Where the tapped heads that a run folder's meta data names lie, by stack."""
+    return {int(stack): workdir / "stacks" / reference for stack, reference in references.items()}
+
+
+def read_tap(config: RunConfig, taps: Mapping[int, Path], stack: int) -> Params | None:
+    """Reads the head that was tapped after a stack; None where there is none."""
+    if stack not in taps:
+        return None
+    return to_device(read_tree(taps[stack], part_shape(config, jax.random.key(0), "head", "head")))
 
 
 def _assemble(snapshot: Snapshot) -> Params:
-    frozen, live = snapshot.frozen, {} if snapshot.state is None else snapshot.state.params
-    stacks = dict(frozen.stacks)
-    if "stacks" in live:
-        phase = make_curriculum(snapshot.config)[snapshot.meta["phase"]]
-        stacks |= dict(zip(phase.live_stacks, live["stacks"], strict=True))
-    rack = {
-        "embedding": live.get("embedding", frozen.embedding),
-        "stacks": [stacks[stack] for stack in sorted(stacks)],
-        "head": live.get("head", frozen.head),
-    }
-    return to_device(rack)
+    """The rack: frozen parts, and what is live in the place of them."""
+    frozen = dataclasses.replace(
+        snapshot.frozen, stacks=dict(snapshot.frozen.stacks), adapters=dict(snapshot.frozen.adapters)
+    )
+    if snapshot.state is not None:
+        phases, index = make_curriculum(snapshot.config), snapshot.meta["phase"]
+        inside = snapshot.meta["position"]["phase_step"] > 0
+        names = part_names(phases[index]) if inside else carried_names(phases, index)
+        live = {name: params for name, (params, _) in split(snapshot.state, names).items()}
+        frozen.stacks |= {name: params for name, params in live.items() if isinstance(name, int)}
+        frozen.adapters |= {
+            stack: live[adapter_name(stack)] for stack in phases[index].adapter_stacks if adapter_name(stack) in live
+        }
+        frozen.embedding = live.get("embedding", frozen.embedding)
+        frozen.head = live.get("head", frozen.head)
+    return to_device(frozen.rack(snapshot.config.training.adapters.alpha))
 
 
 def _cut(workdir: Path, config: RunConfig, meta: dict, rack: Params, n_stacks: int) -> Params:
     """The stacks that were trained first, with the head that was tapped after them."""
-    taps = meta["parts"]["taps"]
+    taps = tap_folders(workdir, meta["parts"]["taps"])
     order = list(range(len(stack_sizes(config))))
     stacks = rack["stacks"][:n_stacks]
     if config.training.progressive.direction == "right_to_left":
         order, stacks = order[::-1], rack["stacks"][-n_stacks:]
-    reference = taps.get(str(order[n_stacks - 1])) if n_stacks <= len(order) else None
-    head = rack["head"]
-    if reference is not None:
-        shape = part_shape(config, jax.random.key(0), "head", "head")
-        head = to_device(read_tree(workdir / "stacks" / reference, shape))
-    elif config.training.head != "frozen" or not 0 < n_stacks <= len(rack["stacks"]):
-        depths = ", ".join(str(depth) for depth, stack in enumerate(order, start=1) if str(stack) in taps) or "none"
+    head = read_tap(config, taps, order[n_stacks - 1]) if n_stacks <= len(order) else None
+    if head is not None:
+        return {**rack, "stacks": stacks, "head": head}
+    if config.training.head != "frozen" or not 0 < n_stacks <= len(rack["stacks"]):
+        depths = ", ".join(str(depth) for depth, stack in enumerate(order, start=1) if stack in taps) or "none"
         raise UserError(
             f"--stacks={n_stacks}: {workdir} has heads for depth {depths} and for all {len(rack['stacks'])} stacks"
         )
-    return {**rack, "stacks": stacks, "head": head}
+    return {**rack, "stacks": stacks}

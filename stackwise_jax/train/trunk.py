@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import shutil
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from stackwise_jax.data.pipeline import validation_batches
 from stackwise_jax.memory import fingerprint, placement, processes
 from stackwise_jax.memory.activations import ActivationCache, Trunk
 from stackwise_jax.memory.tiers import ChunkStore, DeviceStore, DiskStore, HostStore, Room, choose_tier
-from stackwise_jax.objectives.objective import variants
+from stackwise_jax.objectives.objective import Task, variants
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.curriculum import Phase
+from stackwise_jax.train.phases import Branch, Phase
 from stackwise_jax.train.plan import Plan, phase_device_bytes
 from stackwise_jax.train.state import Frozen
 from stackwise_jax.train.step import Program
@@ -32,26 +33,35 @@ from stackwise_jax.types import Batch, Params
 
 
 class Forward:
-    """Compiled forward programs of frozen parts: one for the embedding, one per distinct stack shape."""
+    """Compiled forward programs of frozen parts: one for the embedding, one per distinct stack shape, for each task."""
 
     def __init__(self, program: Program) -> None:
-        @jax.jit
-        def embed(embedding: Params, batch: Batch) -> Float[Array, "B T D"]:
-            example = program.corrupt(program.mask_key, batch)
+        @functools.partial(jax.jit, static_argnums=0)
+        def embed(task: Task, embedding: Params, batch: Batch) -> Float[Array, "B T D"]:
+            example = program.corrupt(task, batch)
             return program.apply_embedding(embedding, example.inputs, example.positions, None)
 
-        @jax.jit
-        def forward(stack: Params, x: Float[Array, "B T D"], batch: Batch) -> Float[Array, "B T D"]:
-            return program.apply_frozen_stack(stack, x, program.context(batch))
+        @functools.partial(jax.jit, static_argnums=0)
+        def forward(
+            task: Task, stack: Params, timing: Params, x: Float[Array, "B T D"], batch: Batch
+        ) -> Float[Array, "B T D"]:
+            return program.apply_trunk_stack(stack, x, program.context(task, program.corrupt(task, batch), timing))
 
         self.embed, self.forward = embed, forward
 
-    def trunk_output(self, embedding: Params, stacks: Sequence[Params], batch: Batch) -> Float[Array, "B T D"]:
+    def trunk_output(
+        self, task: Task, embedding: Params, stacks: Sequence[Params], batch: Batch
+    ) -> Float[Array, "B T D"]:
         """Recomputes what the trunk puts out for a batch."""
-        x = self.embed(embedding, batch)
+        x = self.embed(task, embedding, batch)
         for stack in stacks:
-            x = self.forward(stack, x, batch)
+            x = self.forward(task, stack, timing_of(embedding), x, batch)
         return x
+
+
+def timing_of(embedding: Params) -> Params:
+    """Of a settled embedding, what turns masked fractions into a vector; nothing where the model is not told them."""
+    return {"time": embedding["time"]} if "time" in embedding else {}
 
 
 def shard_folder(config: RunConfig, workdir: Path) -> Path:
@@ -122,49 +132,70 @@ class TrunkInputs:
             )
         )
         self._caches: dict[str, ActivationCache] = {}
+        self._chain: list[str] = []  # fingerprints of the trunk that they were last brought to
         self._window: int | None = None  # of the training rows that are cached
         self._frozen = Frozen()
         self._note: Callable[[str], None] = lambda _: None
-        self._embedding: Params | None = None  # with the trunk, on the device while a phase recomputes
-        self._trunk: list[Params] = []
+        self._embedding: Params | None = None  # on the device while a branch starts from it
+        self._stack_now: Callable[[int], Params] = lambda _: {}
 
-    def prepare(self, phase: Phase, frozen: Frozen, index: int, note: Callable[[str], None]) -> None:
+    def prepare(
+        self,
+        phase: Phase,
+        frozen: Frozen,
+        index: int,
+        note: Callable[[str], None],
+        live_stack: Callable[[int], Params | None] = lambda _: None,
+    ) -> None:
         """Brings the caches to the phase's trunk; uncached, brings the trunk to the device.
 
         Args:
           index: number of the batch that comes next, whose window of rows is cached.
           note: is told how far long work has come, here and whenever the window changes.
+          live_stack: weights of a stack that another branch of the phase trains; None: it is frozen.
         """
-        self._embedding, self._trunk = None, []
+        self._embedding = None
         self._frozen, self._note, self._window = frozen, note, None
+        uncached = [branch for branch in phase.branches if branch.reads_activations and not branch.cached]
+        if uncached:
+            self._embedding = self._place.to_weights(frozen.embedding)
+        settled = {stack for branch in uncached for stack in branch.trunk if live_stack(stack) is None}
+        on_device = {stack: self._place.to_weights(frozen.stacks[stack]) for stack in settled}
+
+        def stack_now(stack: int) -> Params:
+            return on_device[stack] if stack in on_device else typing.cast(Params, live_stack(stack))
+
+        self._stack_now = stack_now
         if not phase.cached:
             self.clear()
-            if phase.reads_activations:
-                assert frozen.embedding is not None
-                self._embedding = self._place.to_weights(frozen.embedding)
-                self._trunk = [self._place.to_weights(frozen.stacks[stack]) for stack in phase.trunk]
             return
+        branch = next(branch for branch in phase.branches if branch.cached)
+        chain = self.fingerprints("train", branch, frozen)
+        if chain[: len(self._chain)] != self._chain:
+            self.clear()  # another band, or a trunk that was trained since: nothing of it can be advanced
+        self._chain = chain
         if not self._caches:
             self._caches = {name: self._make_cache(name) for name in ("train", "held_out")}
-        self._bring("held_out", phase.trunk, range(1))
-        self._enter_window(phase, index)
+        self._bring("held_out", branch, range(1))
+        self._enter_window(branch, index)
 
     def clear(self) -> None:
         """Forgets the caches, also on disk: nothing will read them again."""
         for cache in self._caches.values():
             cache.clear()
-        self._caches = {}
+        self._caches, self._chain = {}, []
 
     def release(self) -> None:
         """Gives up the caches and what else is on the device; what is on disk stays for the next start."""
-        self._caches, self._embedding, self._trunk = {}, None, []
+        self._caches, self._embedding, self._stack_now = {}, None, lambda _: {}
 
-    def training_batch(self, phase: Phase, batch: Batch, index: int) -> tuple[Batch, Array | None]:
+    def training_batch(self, branch: Branch, batch: Batch, index: int) -> tuple[Batch, Array | None]:
         """Returns batch number `index` as the step must see it, and the trunk's output for it (None: from tokens)."""
-        if not phase.cached:
+        batch = in_band(batch, branch)
+        if not branch.cached:
             batch = self._place.to_rows(batch)
-            return batch, self._recompute(batch)
-        self._enter_window(phase, index)
+            return batch, self._recompute(branch, batch)
+        self._enter_window(branch, index)
         variant = np.mod(batch.visits, self._variants).astype(np.int32)
         batch = dataclasses.replace(batch, visits=variant)
         placed = self._place.to_rows(batch)
@@ -173,16 +204,19 @@ class TrunkInputs:
         upcoming = [(visit.chunk, visit.times % self._variants) for visit in visits]
         return placed, self._caches["train"].read(batch, upcoming=upcoming)
 
-    def held_out_batches(self, phase: Phase) -> Iterator[tuple[Batch, Array | None]]:
+    def held_out_batches(self, branch: Branch) -> Iterator[tuple[Batch, Array | None]]:
         """The held-out batches with the trunk's output for them."""
         for batch in self.held_out:
+            batch = in_band(batch, branch)
             placed = self._place.to_rows(batch)
-            yield placed, self._caches["held_out"].read(batch) if phase.cached else self._recompute(placed)
+            yield placed, self._caches["held_out"].read(batch) if branch.cached else self._recompute(branch, placed)
 
-    def _recompute(self, batch: Batch) -> Array | None:
-        if self._embedding is None:
+    def _recompute(self, branch: Branch, batch: Batch) -> Array | None:
+        if not branch.reads_activations:
             return None
-        return self._forward.trunk_output(self._embedding, self._trunk, batch)
+        assert self._embedding is not None
+        stacks = [self._stack_now(stack) for stack in branch.trunk]
+        return self._forward.trunk_output(branch.task, self._embedding, stacks, batch)
 
     def _make_cache(self, name: str) -> ActivationCache:
         config, layout = self._program.config, self._order.layout
@@ -208,34 +242,38 @@ class TrunkInputs:
         isolate = self._program.config.data.isolate_documents
         return self._place.to_rows(split.batch(row_ids, variant, isolate_documents=isolate))
 
-    def _enter_window(self, phase: Phase, index: int) -> None:
+    def _enter_window(self, branch: Branch, index: int) -> None:
         """Brings the window of batch `index` into the training cache, where it is not there yet."""
         window = self._order.window(index)
         if window == self._window:
             return
         self._window = None
         size = self._order.layout.chunks_per_window
-        self._bring("train", phase.trunk, range(window * size, (window + 1) * size))
+        self._bring("train", branch, range(window * size, (window + 1) * size))
         self._window = window
 
-    def _bring(self, name: str, stacks: tuple[int, ...], chunks: range) -> None:
+    def _bring(self, name: str, branch: Branch, chunks: range) -> None:
         on_mismatch = self._program.config.cache.on_mismatch
-        for work, share in self._caches[name].bring(self._trunk_of(name, stacks), chunks, on_mismatch=on_mismatch):
-            self._note(f"{work} the {name} cache, to the output of {len(stacks)} stack(s) {100 * share:.0f}%")
+        for work, share in self._caches[name].bring(self._trunk_of(name, branch), chunks, on_mismatch=on_mismatch):
+            self._note(f"{work} the {name} cache, to the output of {len(branch.trunk)} stack(s) {100 * share:.0f}%")
 
-    def _trunk_of(self, name: str, stacks: tuple[int, ...]) -> Trunk:
-        frozen = self._frozen
+    def _trunk_of(self, name: str, branch: Branch) -> Trunk:
+        frozen, task, place = self._frozen, branch.task, self._place
+        assert frozen.embedding is not None
+        timing = timing_of(frozen.embedding)
 
         def embed() -> Callable[[Batch], Array]:
-            return functools.partial(self._forward.embed, self._place.to_weights(frozen.embedding))
+            embedding = place.to_weights(frozen.embedding)
+            return lambda batch: self._forward.embed(task, embedding, in_band(batch, branch))
 
         def stack(number: int) -> Callable[[Array, Batch], Array]:
-            return functools.partial(self._forward.forward, self._place.to_weights(frozen.stacks[number]))
+            own, own_timing = place.to_weights(frozen.stacks[number]), place.to_weights(timing)
+            return lambda x, batch: self._forward.forward(task, own, own_timing, x, in_band(batch, branch))
 
-        chain = self.fingerprints(name, stacks, frozen)
-        return Trunk(chain, embed, [functools.partial(stack, number) for number in stacks])
+        chain = self.fingerprints(name, branch, frozen)
+        return Trunk(chain, embed, [functools.partial(stack, number) for number in branch.trunk])
 
-    def fingerprints(self, name: str, trunk: tuple[int, ...], frozen: Frozen) -> list[str]:
+    def fingerprints(self, name: str, branch: Branch, frozen: Frozen) -> list[str]:
         """f_0 .. f_k of a trunk of k stacks: what a cache at each depth must have been computed from."""
         config, corpus = self._program.config, self._corpus
         split = corpus.train if name == "train" else corpus.validation
@@ -251,6 +289,8 @@ class TrunkInputs:
                     "tokenizer": corpus.tokenizer.digest,
                     "seed": config.seed,
                     "objective": dataclasses.asdict(config.objective),
+                    "task": dataclasses.asdict(branch.task),
+                    "band": branch.band,
                     "model": dataclasses.asdict(config.model),
                     "precision": dataclasses.asdict(config.precision),
                     "mesh": [config.mesh.data, config.mesh.fsdp],  # sums are rounded in another order
@@ -258,6 +298,14 @@ class TrunkInputs:
                 }
             )
         ]
-        for stack in trunk:
+        for stack in branch.trunk:
             chain.append(fingerprint.extend(chain[-1], frozen.digests[str(stack)]))
         return chain
+
+
+def in_band(batch: Batch, branch: Branch) -> Batch:
+    """The batch with the band of masked fractions that a branch draws from, where it has one."""
+    if branch.band is None:
+        return batch
+    bands = np.tile(np.array(branch.band, np.float32), (batch.tokens.shape[0], 1))
+    return dataclasses.replace(batch, bands=bands)

@@ -1,5 +1,8 @@
 """Depth as time: which stacks run at which masked share, for every form, and where infilling begins."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,9 @@ import pytest
 
 from stackwise_jax.errors import UserError
 from stackwise_jax.generate.denoise import RackDenoiser, pad_rows
-from stackwise_jax.generate.depth import denoise_by_depth, make_band_denoisers
+from stackwise_jax.generate.depth import FORMS, denoise_by_depth, depth_of, make_band_denoisers
 from stackwise_jax.generate.reveal import Rule, row_keys
+from stackwise_jax.train.curriculum import make_curriculum
 from tests.generate.reading import ALLOWED, MASK, MODEL, PAD, VOCAB, Told, check_filled, rack_of
 
 BANDS = ((0.7, 1.0), (0.3, 0.7), (0.0, 0.3))
@@ -120,6 +124,64 @@ def test_step_local_masks_have_the_root_mean_square_of_the_embedding():
     np.testing.assert_allclose(local, by_hand(tokens, rate), rtol=2e-5, atol=2e-5)
     plain = RackDenoiser(rack, MODEL, MASK, PAD, jnp.float32)(tokens, rate)
     assert np.abs(np.asarray(local - plain)).max() > 1e-3
+
+
+RUN = {"objective__name": "diffusion", "objective__time": "depth", "model__attention": "bidirectional"}
+UNCACHED = {"training__progressive__cache_activations": False}
+EDGES = (1.0, 0.667, 0.334, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("direction", "overrides", "form", "tapped"),
+    [
+        ("right_to_left", {}, "suffix", (False, True, True)),
+        ("left_to_right", UNCACHED, "prefix", (True, True, False)),
+        ("independent", {}, "independent", (False, False, False)),
+    ],
+)
+def test_a_run_says_how_its_bands_are_read(direction: str, overrides: dict, form: str, tapped: tuple, tiny: Any):
+    """Five stacks in three bands: which stacks a band has, which head its phase left, and where its edges are."""
+    make = functools.partial(
+        tiny,
+        **RUN,
+        **overrides,
+        model__architecture__n_stacks=5,
+        objective__n_bands=3,
+        training__progressive__direction=direction,
+    )
+    config, rack = make(), {"stacks": [{}] * 5}
+    # The loop writes a head after every phase that trains stacks, but for the last one, whose head is the rack's.
+    taps = {
+        phase.main.live_stacks[-1]: {"after": phase.name} for phase in make_curriculum(config)[:-1] if phase.live_stacks
+    }
+    depth = depth_of(config, rack, taps.get)
+    assert depth is not None
+    assert depth.form == form
+    assert [stack for own in depth.stacks for stack in own] == [0, 1, 2, 3, 4]
+    assert sorted(map(len, depth.stacks)) == [1, 2, 2]
+    assert depth.heads == tuple(
+        {"after": f"band_{band:04d}"} if is_tapped else None for band, is_tapped in enumerate(tapped)
+    )
+    np.testing.assert_allclose(depth.bands, list(zip(EDGES[1:], EDGES[:-1], strict=True)), rtol=1e-6)
+    turned = depth_of(make(objective__noise_order="low_to_high"), rack, taps.get)
+    assert turned is not None
+    assert turned.bands == depth.bands[::-1]
+    for other in FORMS:
+        if other == form or (form, other) == ("suffix", "step_local"):
+            read = depth_of(config, rack, taps.get, form=other)
+            assert read is not None
+            assert read.form == other
+        else:
+            with pytest.raises(UserError, match=f"--form={other}: .*can be run as: {form}"):
+                depth_of(config, rack, taps.get, form=other)
+    with pytest.raises(UserError, match=r"4 of 5 stacks are there.*--stacks"):
+        depth_of(config, {"stacks": [{}] * 4}, taps.get)
+
+
+def test_a_run_whose_time_is_not_depth_has_none(tiny: Any):
+    assert depth_of(tiny(), {"stacks": []}, {}.get) is None
+    with pytest.raises(UserError, match=r"--form=suffix is for runs whose time is depth.*objective\.time='none'"):
+        depth_of(tiny(), {"stacks": []}, {}.get, form="suffix")
 
 
 def test_what_cannot_be_is_refused():

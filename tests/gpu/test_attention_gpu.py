@@ -13,6 +13,7 @@ pytestmark = pytest.mark.gpu
 
 SHAPES = [(2, 256, 8, 2, 64), (2, 512, 4, 4, 128)]  # B, T, N, K, H
 KINDS = ["causal", "bidirectional", "prefix", "causal packed", "bidirectional packed"]
+KINDS += ["block_causal", "block_diffusion", "block_causal packed", "block_diffusion packed"]
 
 
 def make_segments(B: int, T: int) -> jax.Array:
@@ -25,7 +26,10 @@ def make_segments(B: int, T: int) -> jax.Array:
 def make_mask(kind: str, B: int, T: int) -> Mask:
     name, *packed = kind.split()
     prefixes = jnp.array([T // 3, T // 2]) if name == "prefix" else None
-    return Mask(name, make_segments(B, T) if packed else None, prefixes)
+    segments = make_segments(B, T) if packed else None
+    if packed and name == "block_diffusion":
+        segments = jnp.tile(make_segments(B, T)[:, 64 : 64 + T // 2], 2)
+    return Mask(name, segments, prefixes, 24 if name.startswith("block") else None)
 
 
 def inputs(key: jax.Array, shape: tuple[int, int, int, int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:

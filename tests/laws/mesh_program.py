@@ -28,17 +28,17 @@ from stackwise_jax.memory.placement import ONE_DEVICE, Placement, make_placement
 from stackwise_jax.memory.processes import start_processes
 from stackwise_jax.memory.tiers import DeviceStore
 from stackwise_jax.models.rack import init_rack
-from stackwise_jax.objectives.objective import make_corrupt
+from stackwise_jax.objectives.objective import Task
 from stackwise_jax.schema import MeshConfig, RunConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.chained import ChainedGradients
-from stackwise_jax.train.curriculum import Role, Signature
 from stackwise_jax.train.optimizer import init_part, make_transforms, update_part
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.step import Program, make_gradients
 from stackwise_jax.types import Batch, Vocabulary
 
 LIVE = Role.LIVE
-SIGNATURE = Signature(False, ((2, LIVE),), LIVE, LIVE, False, "fused")
+SIGNATURE = Signature(False, ((2, LIVE),), LIVE, LIVE, False, "fused", Task("clm", "causal"))
 NO_MESH = MeshConfig()
 UNLIKE = {"window": 4, "global_every": 2, "first_attention_norm": False, "embedding_norm": True, "token_types": 2}
 UNLIKE |= {"norm": "layernorm", "norm_bias": False, "ffn": "geglu_erf", "head_transform": True, "logit_bias": True}
@@ -62,7 +62,7 @@ def difference(one: Any, other: Any) -> float:
 def gradients(config: RunConfig, mesh: MeshConfig, *, chained: bool = False) -> Any:
     """(gradients, loss, weight) of a tied causal rack with dropout, in two micro-batches."""
     config = with_mesh(config, mesh, model={"dropout": 0.1, "ties_embedding": True}, training={"accumulation_steps": 2})
-    program = Program(config, make_corrupt(config.objective, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8))
+    program = Program(config, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8)
     B, T = config.training.batch_size, config.data.seq_len
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 320, (B, T)).astype(np.int32)
@@ -127,16 +127,15 @@ def shares(tree: Any) -> list[float]:
 
 def weight_shares(config: RunConfig) -> dict[str, list[float]]:
     """Of matrices, of vectors, and of all optimiser state of a state that was drawn on a mesh."""
-    from stackwise_jax.train.curriculum import make_curriculum, signature
-    from stackwise_jax.train.state import fresh_lasting_parts, fresh_stacks
+    from stackwise_jax.train.curriculum import make_curriculum
+    from stackwise_jax.train.state import Frozen, PartSource
 
     config = with_mesh(config, MeshConfig(2, 4))
-    phases, key = make_curriculum(config), jax.random.key(0)
-    lasting = fresh_lasting_parts(config, key, phases[0], signature(phases[0], phases, config))
-    stacks = fresh_stacks(config, key, phases[1]).params["stacks"][0]
-    moments = lasting.optimizer["embedding"][0].mu
-    matrices = [stacks["mlp"]["up"]["kernel"], stacks["attention"]["key"]["kernel"], lasting.params["head"]["table"]]
-    return {"matrices": shares(matrices), "vectors": shares(stacks["mlp_norm"]), "moments": shares(moments)}
+    source = PartSource(config, jax.random.key(0))
+    lasting, grown, *_ = (source.begin(phase, {}, Frozen(), head_has_table=True) for phase in make_curriculum(config))
+    stack, moments = grown[0][0], lasting["embedding"][1][0].mu
+    matrices = [stack["mlp"]["up"]["kernel"], stack["attention"]["key"]["kernel"], lasting["head"][0]["table"]]
+    return {"matrices": shares(matrices), "vectors": shares(stack["mlp_norm"]), "moments": shares(moments)}
 
 
 def chunk_shares(storage: str) -> dict[str, Any]:

@@ -8,16 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stackwise_jax.models.adapters import init_adapter
 from stackwise_jax.models.rack import init_rack
-from stackwise_jax.objectives.objective import make_corrupt
+from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.chained import ChainedGradients, make_chained_step
-from stackwise_jax.train.curriculum import Role, Signature
 from stackwise_jax.train.optimizer import init_part, make_transforms
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.train.step import Program, make_gradients, make_train_step
 from stackwise_jax.types import Batch, Params, Vocabulary
 
-LIVE, FROZEN = Role.LIVE, Role.FROZEN
+LIVE, FROZEN, ADAPTER = Role.LIVE, Role.FROZEN, Role.ADAPTER
+PULLED = {
+    "model__attention": "bidirectional",
+    "objective__name": "diffusion",
+    "objective__time": "depth_input",
+    "objective__consistency": 0.5,
+    "training__progressive__direction": "right_to_left",
+}
 PATHS = {
     "all live, tied": ({"model__ties_embedding": True}, ((1, LIVE), (2, LIVE)), LIVE, LIVE, False),
     "all live, dropout, accumulated": (
@@ -36,25 +44,40 @@ PATHS = {
         True,
     ),
     "frozen head and tail, remat": ({"training__remat": "full"}, ((2, LIVE), (1, FROZEN)), FROZEN, FROZEN, True),
+    "adapters before and after": ({}, ((1, ADAPTER), (2, LIVE), (1, ADAPTER)), FROZEN, LIVE, True),
+    "consistency, time, tail": (PULLED, ((1, LIVE), (1, LIVE), (2, FROZEN)), FROZEN, LIVE, True),
 }
 
 
 def setting(tiny: Any, path: str) -> tuple[Program, Signature, Params, Params, Batch, Any]:
     overrides, body, embedding, head, has_table = PATHS[path]
     config = tiny(model__architecture__n_stacks=3, **overrides)
-    program = Program(config, make_corrupt(config.objective, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8))
-    signature = Signature(embedding is FROZEN, body, embedding, head, has_table, "fused")
+    program = Program(config, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8)
+    ranks = (4,) * sum(role is ADAPTER for _, role in body)
+    signature = Signature(embedding is FROZEN, body, embedding, head, has_table, "fused", program.task, ranks)
     rack = init_rack(jax.random.key(3), config.model, tuple(blocks for blocks, _ in body))
     live: Params = {"stacks": [s for s, (_, role) in zip(rack["stacks"], body, strict=True) if role is LIVE]}
-    frozen: Params = {"frozen_stacks": [s for s, (_, r) in zip(rack["stacks"], body, strict=True) if r is FROZEN]}
+    frozen: Params = {"frozen_stacks": [s for s, (_, r) in zip(rack["stacks"], body, strict=True) if r is not LIVE]}
+    adapted = [blocks for blocks, role in body if role is ADAPTER]
+    if adapted:
+        live["adapters"] = [drawn_adapter(config, number, blocks) for number, blocks in enumerate(adapted)]
+    if config.objective.consistency:
+        frozen["embedding"] = rack["embedding"]
     for name, role in (("embedding", embedding), ("head", head)):
         (live if role is LIVE else frozen)[name] = rack[name]
     tokens = jax.random.randint(jax.random.key(1), (4, 32), 5, 320)
     segments = jnp.where(jnp.arange(32)[None] < jnp.array([[32], [20], [30], [11]]), 1, 0)
     positions = jnp.broadcast_to(jnp.arange(32)[None], (4, 32))
-    batch = Batch(tokens, segments, positions, jnp.arange(4), jnp.zeros(4, int))
+    bands = jnp.tile(jnp.array([[0.25, 0.5]]), (4, 1)) if config.objective.consistency else None
+    batch = Batch(tokens, segments, positions, jnp.arange(4), jnp.zeros(4, int), bands)
     x = jax.random.normal(jax.random.key(2), (4, 32, 32)) if embedding is FROZEN else None
     return program, signature, live, frozen, batch, x
+
+
+def drawn_adapter(config: RunConfig, number: int, blocks: int) -> Params:
+    """An adapter that does something: none of its matrices is zero."""
+    adapter = init_adapter(jax.random.key(5), config.model, number, blocks, rank=4, targets="all")
+    return jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(6), leaf.shape), adapter)
 
 
 def relative_difference(one: Any, other: Any) -> float:
@@ -80,9 +103,26 @@ def test_chained_gradients_detect_a_missing_boundary(tiny: Any, monkeypatch: pyt
     chain = ChainedGradients(program, signature)
     first: list[Any] = []
     original = chain._vjp
-    chain._forward = (lambda forward: lambda *args: first.append(args[2]) or forward(*args))(chain._forward)
-    chain._vjp = lambda role, stack, boundary, *rest: original(role, stack, first[0], *rest)
+    chain._forward = (lambda forward: lambda *args: first.append(args[3]) or forward(*args))(chain._forward)
+    chain._vjp = lambda role, own, settled, boundary, *rest: original(role, own, settled, first[0], *rest)
     assert relative_difference(chain(live, frozen, batch, x, None), fused) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("path", "changed"), [("adapters before and after", "adapters"), ("consistency, time, tail", "stacks")]
+)
+def test_the_law_reaches_adapters_and_the_penalty(path: str, changed: str, tiny: Any) -> None:
+    """Twins: an adapter that is scaled otherwise, and a penalty that one of the two leaves out."""
+    program, signature, live, frozen, batch, x = setting(tiny, path)
+    fused = jax.jit(make_gradients(program, signature))(live, frozen, batch, x, None)
+    training, objective = program.config.training, program.config.objective
+    other = dataclasses.replace(
+        program.config,
+        training=dataclasses.replace(training, adapters=dataclasses.replace(training.adapters, alpha=1.0)),
+        objective=dataclasses.replace(objective, consistency=objective.consistency / 100.0),
+    )
+    chained = ChainedGradients(dataclasses.replace(program, config=other), signature)(live, frozen, batch, x, None)
+    assert relative_difference(chained[0][changed], fused[0][changed]) > 1e-3
 
 
 def test_chained_step_is_fused_step(tiny: Any) -> None:
@@ -94,7 +134,14 @@ def test_chained_step_is_fused_step(tiny: Any) -> None:
         state = TrainState(params, {name: init_part(transforms, name, part) for name, part in params.items()})
         execution = dataclasses.replace(signature, execution="chained")
         results.append(
-            make(program, execution)(state, frozen, batch, x, np.array(0.5, np.float32), np.array(3, np.int32))
+            make(program, execution)(
+                state,
+                frozen,
+                batch,
+                x,
+                np.full(len(live) - 1 + len(live["stacks"]), 0.5, np.float32),
+                np.array(3, np.int32),
+            )
         )
     (fused_state, fused), (chained_state, chained) = results
     for name in fused:

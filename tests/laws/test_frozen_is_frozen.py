@@ -11,6 +11,7 @@ import pytest
 
 from stackwise_jax.memory.fingerprint import named_leaves
 from stackwise_jax.train import loop
+from stackwise_jax.train.state import PartSource
 from stackwise_jax.types import Params
 
 
@@ -57,7 +58,10 @@ def test_frozen_is_frozen_detects_a_drift(tiny: Any, tiny_corpus: Any, tmp_path:
 def test_live_parts_move(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
     config = tiny()
     run = loop.Run(config, tiny_corpus, tmp_path / "run", lambda _: None)
-    before = {name: np.array(leaf) for name, leaf in named_leaves(run.state.params).items()}
+    source = PartSource(config, run.program.key)
+    drawn = {name: source.fresh(name, True)[0] for name in ("embedding", "head")}
+    before = {name: np.array(leaf) for name, leaf in named_leaves(drawn).items()}
+    assert before
     rack = run.to_end().rack
     after = named_leaves({"embedding": rack["embedding"], "head": rack["head"]})
     assert all(not np.array_equal(value, after[name]) for name, value in before.items())

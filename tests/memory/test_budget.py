@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from stackwise_jax.checks import CACHE_PRECISIONS, TRUNK_PRECISIONS
+from stackwise_jax.checks.choices import CACHE_PRECISIONS, TRUNK_PRECISIONS
 from stackwise_jax.config import resolve
 from stackwise_jax.memory import budget
 from stackwise_jax.memory.precision import DTYPES, item_bytes, to_storage, token_bytes

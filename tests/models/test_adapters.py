@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stackwise_jax.checks import adapter_ranks
+from stackwise_jax.checks.training import adapter_ranks
 from stackwise_jax.config import resolve
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory.precision import from_storage, to_storage
@@ -158,6 +158,10 @@ def test_targets_and_their_counts():
     every = 2 * (32 + 24 + 24 + 32 + 3 * 40)  # query, key, value, output; up, gate, down
     assert adapter_parameters(MODEL, 2, "all") == every
     assert sum(leaf.size for leaf in jax.tree.leaves(BORN)) == 2 * 3 * every // 2
+    told = dataclasses.replace(MODEL, time_input=True)
+    assert adapter_table(told, 2, "all") == adapter_table(MODEL, 2, "all")
+    with pytest.raises(ValueError, match="adaptive"):
+        adapter_table(told, 2, "adaptive")
     with pytest.raises(ValueError, match="upp"):
         adapter_table(MODEL, 2, "query,upp")
     with pytest.raises(ValueError, match="memory"):

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from stackwise_jax.config import resolve
-from stackwise_jax.models.rack import apply_rack, decode_rack, init_key_values, init_rack, output_table, row_context
+from stackwise_jax.models.rack import (
+    apply_rack,
+    decode_rack,
+    init_key_values,
+    init_rack,
+    output_table,
+    row_context,
+    time_vector,
+)
 from stackwise_jax.models.stack import apply_stack
 from stackwise_jax.schema import ModelConfig, StabilityConfig
 
@@ -57,18 +65,39 @@ def row(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens, segments, positions
 
 
+RATES = np.array([0.15, 0.9], np.float32)
+
+
 # --- the other implementation ---
 
 
-def norm(p: Any, x: np.ndarray, model: ModelConfig) -> np.ndarray:
+def norm(p: Any, x: np.ndarray, model: ModelConfig, change: Any = (0.0, 0.0)) -> np.ndarray:
     if model.norm == "rmsnorm":
-        return p["scale"] * x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
-    centred = x - x.mean(-1, keepdims=True)
-    return p["scale"] * centred / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) + p["bias"]
+        y = p["scale"] * x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
+    else:
+        centred = x - x.mean(-1, keepdims=True)
+        y = p["scale"] * centred / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) + p["bias"]
+    return y * (1.0 + change[0]) + change[1]
 
 
 def linear(p: Any, x: np.ndarray) -> np.ndarray:
     return x @ p["kernel"] + p.get("bias", 0.0)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def changes(p: Any, rack: Any, rate: float, model: ModelConfig) -> Any:
+    """(scale, shift) of each norm of a block, or of the head, at a masked fraction."""
+    if not model.time_input:
+        return [(0.0, 0.0)] * 2
+    # Angles of hundreds are rounded as in float32, or the waves would differ in the fifth digit.
+    angles = np.float32(1000) * np.float32(rate) * (10000 ** (-np.arange(64) / 64)).astype(np.float32)
+    waves = np.exp(1j * angles.astype(np.float64))
+    time = silu(linear(rack["embedding"]["time"]["first"], np.concatenate([waves.real, waves.imag])))
+    mapped = linear(p["adaptive"], silu(linear(rack["embedding"]["time"]["second"], time)))
+    return mapped.reshape(-1, 2, D)
 
 
 def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
@@ -114,10 +143,12 @@ def feed_forward(p: Any, x: np.ndarray, model: ModelConfig, gelu: Any) -> np.nda
     return linear(p["down"], act * linear(p["up"], x))
 
 
-def hidden_by_numpy(rack: Any, rows: Any, model: ModelConfig, gelu: Any = gelu_tanh) -> np.ndarray:
+def hidden_by_numpy(
+    rack: Any, rows: Any, model: ModelConfig, gelu: Any = gelu_tanh, rates: np.ndarray = RATES
+) -> np.ndarray:
     rack = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), rack)
     outputs = []
-    for tokens, segments, positions in zip(*rows, strict=True):
+    for tokens, segments, positions, rate in zip(*rows, rates, strict=True):
         x = rack["embedding"]["tokens"][tokens]
         if model.positions == "learned":
             x = x + rack["embedding"]["positions"][positions]
@@ -126,13 +157,18 @@ def hidden_by_numpy(rack: Any, rows: Any, model: ModelConfig, gelu: Any = gelu_t
         for index in range(2):
             p = jax.tree.map(lambda leaf, i=index: leaf[i], rack["stacks"][0])
             g = 1.0 if model.stability.residual_gain is None else p["residual_gain"]
+            first, second = changes(p, rack, rate, model)
             if model.norm_position == "pre":
-                x = x + g * attend(p["attention"], norm(p["attention_norm"], x, model), segments, positions, model)
-                x = x + g * feed_forward(p["mlp"], norm(p["mlp_norm"], x, model), model, gelu)
+                seen = norm(p["attention_norm"], x, model, first)
+                x = x + g * attend(p["attention"], seen, segments, positions, model)
+                x = x + g * feed_forward(p["mlp"], norm(p["mlp_norm"], x, model, second), model, gelu)
             else:
-                x = norm(p["attention_norm"], x + g * attend(p["attention"], x, segments, positions, model), model)
-                x = norm(p["mlp_norm"], x + g * feed_forward(p["mlp"], x, model, gelu), model)
-        outputs.append(x if model.norm_position == "post" else norm(rack["head"]["norm"], x, model))
+                mixed = attend(p["attention"], x, segments, positions, model)
+                x = norm(p["attention_norm"], x + g * mixed, model, first)
+                x = norm(p["mlp_norm"], x + g * feed_forward(p["mlp"], x, model, gelu), model, second)
+        if model.norm_position == "pre":
+            x = norm(rack["head"]["norm"], x, model, changes(rack["head"], rack, rate, model)[0])
+        outputs.append(x)
     return np.array(outputs)
 
 
@@ -141,7 +177,9 @@ def hidden_by_package(rack: Any, rows: Any, model: ModelConfig) -> np.ndarray:
 
     @jax.jit
     def run(rack: Any) -> Any:
-        return apply_rack(rack, tokens, row_context(model, segments, positions), model, dtype=jnp.float32)
+        time = time_vector(rack["embedding"], jnp.array(RATES)) if model.time_input else None
+        context = row_context(model, segments, positions, time=time)
+        return apply_rack(rack, tokens, context, model, dtype=jnp.float32)
 
     return np.asarray(run(rack))
 
@@ -153,6 +191,8 @@ CASES = {
     "wide heads, geglu, no positions": model_of("llama", d_head=12, ffn="geglu", positions="none", norm="layernorm"),
     "llama, residual gain": model_of("llama", stability={"residual_gain": 0.5}),
     "bert, residual gain": model_of("bert", stability={"residual_gain": 0.5}),
+    "llama, time input": model_of("llama", time_input=True),
+    "bert, time input": model_of("bert", time_input=True),
 }
 # Float32 against float64 over two blocks of weights with standard deviation 0.3.
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-5}
@@ -181,6 +221,14 @@ def test_rack_is_the_numpy_rack_detects(name: str, fields: dict[str, Any]):
     rack = rack_of(model)
     other = hidden_by_numpy(rack, rows, dataclasses.replace(model, **fields))
     assert not np.allclose(hidden_by_package(rack, rows, model), other, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama, time input", "bert, time input"])
+def test_rack_is_the_numpy_rack_detects_another_time(name: str):
+    model, rows = CASES[name], row()
+    rack = rack_of(model)
+    ours = hidden_by_package(rack, rows, model)
+    assert not np.allclose(ours, hidden_by_numpy(rack, rows, model, rates=RATES + 0.01), **CLOSE)
 
 
 def test_gelu_is_the_tanh_form():

@@ -126,6 +126,8 @@ VARIANTS: list[dict[str, Any]] = [
     {**SMALL, "norm": "layernorm", "ffn": "gelu", "positions": "learned", "use_bias": True, "ties_embedding": True},
     {**SMALL, "norm_position": "post", "embedding_norm": True, "ties_embedding": True, "ffn": "geglu"},
     {**SMALL, "stability": {"residual_gain": 0.25}},
+    {**SMALL, "time_input": True},
+    {**SMALL, "time_input": True, "norm_position": "post", "ties_embedding": True},
 ]
 
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stackwise_jax.objectives.objective import make_corrupt, variants
+from stackwise_jax.objectives.objective import Task, make_corrupt
 from stackwise_jax.schema import ObjectiveConfig
 from stackwise_jax.types import Batch, Example, Vocabulary
 
 VOCABULARY = Vocabulary(size=64, mask_id=4, special_ids=(0, 1, 2, 3, 4, 5, 6))
 MLM = ObjectiveConfig(name="mlm", rate_min=0.5, rate_max=0.5)
+TASK = Task("mlm", "bidirectional")
 B, T = 256, 32
 
 
@@ -29,7 +30,7 @@ def batch() -> Batch:
 
 
 def corrupt(config: ObjectiveConfig, batch: Batch, seed: int = 0) -> Example:
-    return jax.jit(make_corrupt(config, VOCABULARY, n_rows=B))(jax.random.key(seed), batch)
+    return jax.jit(make_corrupt(config, TASK, VOCABULARY, n_rows=B))(jax.random.key(seed), batch)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_special_tokens_and_padding_are_never_hidden(batch: Batch, form: str, re
 
 def test_special_tokens_and_padding_are_never_hidden_detects_a_vocabulary_without_specials(batch: Batch):
     careless = dataclasses.replace(VOCABULARY, special_ids=(0,))
-    corrupted = make_corrupt(MLM, careless, n_rows=B)(jax.random.key(0), batch)
+    corrupted = make_corrupt(MLM, TASK, careless, n_rows=B)(jax.random.key(0), batch)
     assert not leaves_alone(corrupted, batch)
 
 
@@ -124,8 +125,3 @@ def test_counts_follow_the_rates_of_a_range(batch: Batch):
     assert shares.min() > 0.1
     assert shares.max() < 0.9 + 1 / 10  # the ceiling of a count of at least ten
     assert np.mean(shares) == pytest.approx(0.5 + 0.5 / 23.4, abs=0.01)  # rates evenly spread, plus half a place
-
-
-def test_a_causal_row_has_one_corruption():
-    assert variants(ObjectiveConfig(name="clm", mask_variants=7)) == 1
-    assert variants(dataclasses.replace(MLM, mask_variants=7)) == 7

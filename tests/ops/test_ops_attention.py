@@ -22,6 +22,10 @@ MASKS = {
     "causal packed": Mask("causal", SEGMENTS),
     "bidirectional packed": Mask("bidirectional", SEGMENTS),
     "prefix packed": Mask("prefix", SEGMENTS, PREFIXES),
+    "block_causal": Mask("block_causal", block_length=2),
+    "block_causal packed": Mask("block_causal", SEGMENTS, block_length=2),
+    "block_diffusion": Mask("block_diffusion", block_length=2),
+    "block_diffusion packed": Mask("block_diffusion", jnp.tile(SEGMENTS[:, :3], 2), block_length=1),
 }
 EXECUTIONS = ["reference", "xla"]
 
@@ -122,7 +126,7 @@ def second_document_moved(mask: Mask, execution: str, key: jax.Array) -> bool:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix", "block_causal"])
 def test_documents_do_not_see_each_other(key: jax.Array, execution: str, name: str):
     assert not second_document_moved(MASKS[f"{name} packed"], execution, key)
 

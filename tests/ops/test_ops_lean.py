@@ -12,6 +12,7 @@ from stackwise_jax.config import resolve
 from stackwise_jax.models.block import Block
 from stackwise_jax.models.rack import row_context
 from stackwise_jax.models.stack import init_stack
+from stackwise_jax.models.weights import TIME_WIDTH
 from stackwise_jax.ops.activation import ACTIVATIONS, activate
 from stackwise_jax.ops.norm import normalise
 
@@ -21,8 +22,8 @@ B, T, D, F = 2, 8, 24, 72
 def plain_norm(x: Any, scale: Any, bias: Any, subtracts_mean: bool) -> Any:
     if subtracts_mean:
         x = x - x.mean(-1, keepdims=True)
-    y = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale[None, None]
-    return y if bias is None else y + bias[None, None]
+    y = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale.reshape(-1, 1, D)
+    return y if bias is None else y + bias.reshape(-1, 1, D)
 
 
 def plain_activation(x: Any, up: Any, kind: str) -> Any:
@@ -38,12 +39,13 @@ def assert_same(ours: Callable[..., Any], plain: Callable[..., Any], arguments: 
         np.testing.assert_allclose(mine, its, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(D,), (B, D)], ids=["one scale", "a scale a row"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("subtracts_mean", [False, True])
-def test_norm_and_its_gradient(subtracts_mean: bool, has_bias: bool):
+def test_norm_and_its_gradient(subtracts_mean: bool, has_bias: bool, shape: tuple[int, ...]):
     keys = jax.random.split(jax.random.key(0), 4)
     x, pull = 3.0 + jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (B, T, D))
-    scale, bias = jax.random.normal(keys[2], (D,)), jax.random.normal(keys[3], (D,)) if has_bias else None
+    scale, bias = jax.random.normal(keys[2], shape), jax.random.normal(keys[3], shape) if has_bias else None
 
     def ours(x: Any, scale: Any, bias: Any) -> Any:
         return normalise(x, scale, bias, subtracts_mean=subtracts_mean, epsilon=1e-5)
@@ -84,12 +86,13 @@ def wide(arrays: list[Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("fields", [{}, {"norm": "layernorm", "ffn": "gelu", "use_bias": True}])
+@pytest.mark.parametrize("fields", [{}, {"norm": "layernorm", "ffn": "gelu", "use_bias": True}, {"time_input": True}])
 def test_a_block_in_bfloat16_keeps_nothing_in_float32(fields: dict[str, Any]):
     shape = {"vocab_size": 64, "d_model": D, "n_heads": 2, "d_ff": F, **fields}
     model = resolve({"model": shape, "data": {"seq_len": T}}).model
     params = jax.tree.map(lambda leaf: leaf[0], init_stack(jax.random.key(0), model, 0, 1))
-    context = row_context(model, None, jnp.arange(T, dtype=jnp.int32)[None].repeat(B, 0))
+    time = jnp.ones((B, TIME_WIDTH)) if model.time_input else None
+    context = row_context(model, None, jnp.arange(T, dtype=jnp.int32)[None].repeat(B, 0), time=time)
     x = jnp.ones((B, T, D), jnp.bfloat16)
     found = kept(lambda params, x: Block(model, jnp.bfloat16).apply({"params": params}, x, context)[0], params, x)
     assert wide(found) == []

@@ -11,11 +11,13 @@ import pytest
 
 from stackwise_jax.config import resolve
 from stackwise_jax.models.rack import count_parameters, init_rack
-from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.curriculum import Phase, Role, make_curriculum, signature, stack_sizes
-from stackwise_jax.train.plan import describe, make_plan
-from stackwise_jax.train.state import part_shape, snapshot_shape
+from stackwise_jax.train.branches import update_order
+from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.describe import describe
+from stackwise_jax.train.phases import Phase, Role, signature, stack_sizes
+from stackwise_jax.train.plan import make_plan
+from stackwise_jax.train.state import PartSource, part_shape
 from stackwise_jax.train.step import Program, make_train_step
 from stackwise_jax.types import Batch, Vocabulary
 
@@ -54,22 +56,23 @@ def test_rack_has_69_billion_parameters(config: RunConfig):
 def step_shapes(config: RunConfig, phases: tuple[Phase, ...], index: int) -> tuple[Any, Any, Any]:
     """(state before, state after, metrics) of one update of a phase."""
     phase = phases[index]
-    sig, key = signature(phase, phases, config), jax.random.key(0)
+    sig, key = signature(phase, phase.main, phases, config), jax.random.key(0)
     B, T = config.training.batch_size, config.data.seq_len
-    corrupt = make_corrupt(config.objective, Vocabulary(config.model.vocab_size, 4, (0, 1, 2, 3, 4)), n_rows=1024)
-    state = snapshot_shape(config, key, phase, sig, inside=True)
+    vocabulary = Vocabulary(config.model.vocab_size, 4, (0, 1, 2, 3, 4))
+    source = PartSource(config, key)
+    state = source.snapshot_shape(phases, index, inside=True, head_has_table=sig.head_has_table, scaling={})
     frozen = {}
-    if phase.head is Role.FROZEN:
+    if phase.main.head is Role.FROZEN:
         frozen["head"] = part_shape(config, key, "head", "head")
 
     def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     batch = Batch(ints(B, T), ints(B, T), ints(B, T), ints(B), ints(B))
-    cached = jax.ShapeDtypeStruct((B, T, config.model.d_model), jnp.bfloat16) if phase.reads_activations else None
-    step = make_train_step(Program(config, corrupt), sig)
-    fraction = jax.ShapeDtypeStruct((), jnp.float32)
-    after, metrics = jax.eval_shape(step, state, frozen, batch, cached, fraction, ints())
+    cached = jax.ShapeDtypeStruct((B, T, config.model.d_model), jnp.bfloat16) if phase.main.reads_activations else None
+    step = make_train_step(Program(config, vocabulary, 1024), sig)
+    fractions = jax.ShapeDtypeStruct((len(update_order(phase.main)),), jnp.float32)
+    after, metrics = jax.eval_shape(step, state, frozen, batch, cached, fractions, ints())
     return state, after, metrics
 
 

@@ -14,16 +14,10 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.memory import budget
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.curriculum import (
-    FUSED_STACKS,
-    Phase,
-    Role,
-    make_curriculum,
-    signature,
-    stack_sizes,
-    uncachable,
-)
-from stackwise_jax.train.plan import describe, make_plan, phase_device_bytes, phase_parameters
+from stackwise_jax.train.curriculum import FUSED_STACKS, make_curriculum
+from stackwise_jax.train.describe import describe
+from stackwise_jax.train.phases import Phase, Role, signature, stack_sizes, uncachable
+from stackwise_jax.train.plan import make_plan, phase_device_bytes, phase_parameters
 
 LIVE, FROZEN = Role.LIVE, Role.FROZEN
 
@@ -38,7 +32,7 @@ def config_of(
 
 def signatures(config: RunConfig) -> list[Any]:
     phases = make_curriculum(config)
-    return [signature(phase, phases, config) for phase in phases]
+    return [signature(phase, phase.main, phases, config) for phase in phases]
 
 
 @pytest.mark.parametrize(
@@ -59,39 +53,39 @@ def test_layerwise_settles_the_embedding_then_appends_a_stack_a_phase():
     phases = make_curriculum(config_of(3, mode="layerwise", embedding_budget="7 steps", phase_budget="5 steps"))
     assert [phase.name for phase in phases] == ["embedding", "stack_0000", "stack_0001", "stack_0002"]
     assert [phase.steps for phase in phases] == [7, 5, 5, 5]
-    assert [phase.path for phase in phases] == [
+    assert [phase.main.path for phase in phases] == [
         (),
         ((0, LIVE),),
         ((0, FROZEN), (1, LIVE)),
         ((0, FROZEN), (1, FROZEN), (2, LIVE)),
     ]
-    assert [phase.trunk for phase in phases] == [(), (), (0,), (0, 1)]
+    assert [phase.main.trunk for phase in phases] == [(), (), (0,), (0, 1)]
     assert [phase.live_stacks for phase in phases] == [(), (0,), (1,), (2,)]
-    assert [phase.embedding for phase in phases] == [LIVE, FROZEN, FROZEN, FROZEN]
-    assert [phase.settles for phase in phases] == [("embedding",), (0,), (1,), (2, "head")]
+    assert [phase.main.embedding for phase in phases] == [LIVE, FROZEN, FROZEN, FROZEN]
+    assert [phase.settles for phase in phases] == [("embedding",), (0,), (1,), ("head", 2)]
     assert [phase.cached for phase in phases] == [False, True, True, True]
-    assert [phase.reads_activations for phase in phases] == [False, True, True, True]
+    assert [phase.main.reads_activations for phase in phases] == [False, True, True, True]
 
 
 def test_with_first_stack_there_is_no_phase_0():
     phases = make_curriculum(config_of(2, mode="layerwise", embedding_phase="with_first_stack", head="frozen"))
     assert [phase.name for phase in phases] == ["stack_0000", "stack_0001"]
-    assert [phase.embedding for phase in phases] == [LIVE, FROZEN]
-    assert [phase.head for phase in phases] == [LIVE, FROZEN]
+    assert [phase.main.embedding for phase in phases] == [LIVE, FROZEN]
+    assert [phase.main.head for phase in phases] == [LIVE, FROZEN]
     assert [phase.settles for phase in phases] == [("embedding", "head", 0), (1,)]
     assert [phase.cached for phase in phases] == [False, True]
 
 
 def test_end_to_end_is_one_phase_of_everything():
     (phase,) = make_curriculum(config_of(3, 2, mode="end_to_end"))
-    assert phase.path == ((0, LIVE), (1, LIVE), (2, LIVE))
-    assert (phase.embedding, phase.head, phase.cached) == (LIVE, LIVE, False)
-    assert phase.settles == ("embedding", 0, 1, 2, "head")
+    assert phase.main.path == ((0, LIVE), (1, LIVE), (2, LIVE))
+    assert (phase.main.embedding, phase.main.head, phase.cached) == (LIVE, LIVE, False)
+    assert phase.settles == ("embedding", "head", 0, 1, 2)
 
 
 def test_a_frozen_head_settles_with_the_embedding():
     phases = make_curriculum(config_of(2, mode="layerwise", head="frozen"))
-    assert [phase.head for phase in phases] == [LIVE, FROZEN, FROZEN]
+    assert [phase.main.head for phase in phases] == [LIVE, FROZEN, FROZEN]
     assert phases[0].settles == ("embedding", "head")
 
 
@@ -129,8 +123,7 @@ def parts_of(config: RunConfig) -> list[Any]:
 
 
 def live_parts(phase: Phase) -> set[Any]:
-    roles = {"embedding": phase.embedding, "head": phase.head}
-    return {*(part for part, role in roles.items() if role is LIVE), *phase.live_stacks}
+    return set(phase.live_names)
 
 
 def claimed_once(phases: tuple[Phase, ...], parts: list[Any]) -> bool:
@@ -153,9 +146,10 @@ def test_every_part_is_claimed_by_exactly_one_rule(config: RunConfig):
     assert sum(stack_sizes(config)) == config.model.n_blocks
     assert len({phase.name for phase in phases}) == len(phases)
     for phase in phases:
-        assert [stack for stack, _ in phase.path] == list(range(len(phase.path)))  # left to right, none skipped
-        assert phase.trunk + tuple(stack for stack, _ in phase.body) == tuple(stack for stack, _ in phase.path)
-        assert not phase.cached or uncachable(phase) is None
+        branch = phase.main
+        assert [stack for stack, _ in branch.path] == list(range(len(branch.path)))  # left to right, none skipped
+        assert branch.trunk + tuple(stack for stack, _ in branch.body) == tuple(stack for stack, _ in branch.path)
+        assert not phase.cached or uncachable(branch) is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +167,14 @@ def test_every_part_is_claimed_by_exactly_one_rule(config: RunConfig):
 def test_every_part_is_claimed_by_exactly_one_rule_detects(change: dict[str, Any]):
     config = config_of(3, mode="layerwise")
     phases = make_curriculum(config)
-    assert not claimed_once((*phases[:-1], dataclasses.replace(phases[-1], **change)), parts_of(config))
+    assert not claimed_once((*phases[:-1], changed(phases[-1], **change)), parts_of(config))
+
+
+def changed(phase: Phase, **change: Any) -> Phase:
+    """The phase with other fields, of itself or of its one branch."""
+    own = {name: value for name, value in change.items() if name == "settles"}
+    branch = dataclasses.replace(phase.main, **{name: value for name, value in change.items() if name not in own})
+    return dataclasses.replace(phase, branches=(branch,), **own)
 
 
 @settings(max_examples=40, deadline=None)
@@ -184,9 +185,10 @@ def test_plans_render_and_count_every_parameter(config: RunConfig):
     assert all(phase.name in text for phase in plan.phases)
     assert f"{plan.compilations} distinct train" in text
     assert plan.flops > 0
-    in_stacks = sum(phase_parameters(config, *pair)[1] for pair in zip(plan.phases, plan.signatures, strict=True))
+    pairs = list(zip(plan.phases, (own[0] for own in plan.signatures), strict=True))
+    in_stacks = sum(phase_parameters(config, *pair)[1] for pair in pairs)
     assert in_stacks == config.model.n_blocks * budget.block_parameters(config.model)
-    everything_live, _ = phase_parameters(config, plan.phases[0], plan.signatures[0])
+    everything_live, _ = phase_parameters(config, *pairs[0])
     if config.training.mode == "end_to_end":
         assert everything_live == count_parameters(config.model)
 
@@ -221,19 +223,19 @@ def test_layerwise_with_the_embedding_alone_has_two_signatures_whatever_the_dept
 def test_two_signatures_detects_a_trunk_that_runs_inside_the_step():
     config = config_of(3, mode="layerwise")
     phases = make_curriculum(config)
-    inside = {tuple((1, role) for _, role in phase.path) for phase in phases}
+    inside = {tuple((1, role) for _, role in phase.main.path) for phase in phases}
     assert len(inside) == 4
 
 
 def test_many_live_stacks_are_chained():
     (phase,) = make_curriculum(config_of(FUSED_STACKS + 1, mode="end_to_end"))
-    assert phase.execution == "chained"
-    assert make_curriculum(config_of(FUSED_STACKS, mode="end_to_end"))[0].execution == "fused"
-    assert make_curriculum(config_of(2, mode="layerwise", execution="chained"))[1].execution == "chained"
+    assert phase.main.execution == "chained"
+    assert make_curriculum(config_of(FUSED_STACKS, mode="end_to_end"))[0].main.execution == "fused"
+    assert make_curriculum(config_of(2, mode="layerwise", execution="chained"))[1].main.execution == "chained"
 
 
 def test_reasons_against_a_cache():
-    embedding, first, *_ = make_curriculum(config_of(2, mode="layerwise"))
+    embedding, first = (phase.main for phase in make_curriculum(config_of(2, mode="layerwise"))[:2])
     assert "embedding is live" in str(uncachable(embedding))
     assert "no stack" in str(uncachable(dataclasses.replace(embedding, embedding=FROZEN)))
     assert uncachable(first) is None
@@ -289,7 +291,7 @@ def test_windows_cost_refills_through_the_trunk() -> None:
         first += phase.steps
     assert sum(refills) > 0
     per_block = 16 * config.data.seq_len * budget.block_forward_flops(config.model, config.data.seq_len)
-    extra = sum(n * len(phase.trunk) * per_block for n, phase in zip(refills, windows.phases, strict=True))
+    extra = sum(n * len(phase.main.trunk) * per_block for n, phase in zip(refills, windows.phases, strict=True))
     assert sum(windows.pass_flops) == pytest.approx(sum(whole.pass_flops) / 4 + extra)
     assert f"windows  4 of 16 rows, 1 passes each; {sum(refills)} refills" in describe(windows)
     assert "windows" not in describe(whole)

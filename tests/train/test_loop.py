@@ -189,7 +189,7 @@ def test_what_a_cache_came_from_is_in_its_fingerprint(
     def fingerprints(config: Any, name: str) -> list[str]:
         started = loop.Run(config, tiny_corpus, tmp_path / name, lambda _: None)
         started.frozen.digests = {"embedding": "e", "0": "a", "1": "b"}
-        return started.inputs.fingerprints("train", (0, 1), started.frozen)
+        return started.inputs.fingerprints("train", started.plan.phases[3].main, started.frozen)
 
     base, changed = fingerprints(tiny(), "base"), fingerprints(tiny(**change), "changed")
     assert base == fingerprints(tiny(), "again")
@@ -221,7 +221,7 @@ def test_another_tokenizer_invalidates_the_cache(tiny: Any, tiny_corpus: Any, tm
     for number, corpus in enumerate(corpora):
         started = loop.Run(tiny(), corpus, tmp_path / str(number), lambda _: None)
         started.frozen.digests = {"embedding": "e"}
-        roots.append(started.inputs.fingerprints("train", (), started.frozen))
+        roots.append(started.inputs.fingerprints("train", started.plan.phases[1].main, started.frozen))
     assert roots[0] != roots[1]
 
 

@@ -69,7 +69,7 @@ def test_a_log_file_is_not_flooded(capsys: pytest.CaptureFixture[str], monkeypat
     rates = {"tokens_per_second": 1234.0, "data_share": 0.5, "eta_seconds": 60.0}
     for step in range(20):
         now[0] += 1.0
-        progress.show("stack_0001", step, 20, 2.0, rates)
+        progress.show("stack_0001", step, 20, {"clm": 2.0}, rates)
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 4
     assert shown[0].startswith("stack_0001 0/20  loss 2.000  1.23k tok/s  eta 1m00s  mem ")
@@ -130,3 +130,8 @@ def test_a_full_disk_ends_tensorboard_files_only(
     assert capsys.readouterr().err == (
         "warning: TensorBoard files end at step 1: No space left on device; metrics.jsonl goes on\n"
     )
+
+
+def test_branches_that_take_turns_are_shown_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(total_flops=1.0, peak=None).show("bands", 4, 20, {"band_0": 2.5, "band_1": 2.0}, {})
+    assert capsys.readouterr().err.startswith("bands 4/20  loss band_0 2.500, band_1 2.000  mem ")

@@ -15,10 +15,10 @@ from stackwise_jax.memory.precision import as_master, to_storage
 from stackwise_jax.ops import rounding
 from stackwise_jax.schema import OptimizerConfig, PrecisionConfig, RunConfig
 from stackwise_jax.train import optimizer_state
-from stackwise_jax.train.curriculum import make_curriculum, signature
+from stackwise_jax.train.curriculum import make_curriculum
 from stackwise_jax.train.optimizer import init_part, make_transforms, update_part, update_parts
 from stackwise_jax.train.optimizer_state import KeptState, rounded_like, widened
-from stackwise_jax.train.state import snapshot_shape
+from stackwise_jax.train.state import PartSource
 
 ONE = jnp.float32(1.0)
 ADAMW = OptimizerConfig(learning_rate=0.02, weight_decay=0.0, beta2=0.95)
@@ -238,8 +238,8 @@ def test_weights_in_bf16_need_the_state_that_was_made_for_them():
 def test_what_a_run_trains_and_saves_is_stored_so(tiny: Any):
     config = tiny(precision__weights="bf16", precision__optimizer="int8")
     phases = make_curriculum(config)
-    own = signature(phases[1], phases, config)
-    state = snapshot_shape(config, jax.random.key(0), phases[1], own, inside=True)
+    source = PartSource(config, jax.random.key(0))
+    state = source.snapshot_shape(phases, 1, inside=True, head_has_table=True, scaling={})
     stack, moments = state.params["stacks"][0], state.optimizer["stacks"][0].inner[0]
     kernels = [tree["mlp"]["up"]["kernel"].dtype for tree in (stack, moments.mu, moments.nu)]
     assert kernels == [jnp.bfloat16, jnp.int8, jnp.uint8]

@@ -18,12 +18,11 @@ from stackwise_jax.memory.budget import stored_block_bytes
 from stackwise_jax.memory.fingerprint import tree_digest
 from stackwise_jax.memory.precision import from_storage
 from stackwise_jax.models.rack import init_rack
-from stackwise_jax.objectives.objective import make_corrupt
 from stackwise_jax.train import loop, scaling
 from stackwise_jax.train.chained import make_chained_step
-from stackwise_jax.train.curriculum import Role, Signature
 from stackwise_jax.train.health import read_metrics
 from stackwise_jax.train.optimizer import init_part, make_transforms
+from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.state import TrainState
 from stackwise_jax.train.step import Program, make_train_step
 from stackwise_jax.train.trained import load_trained
@@ -147,8 +146,8 @@ def programs(tiny: Any) -> dict[str, Any]:
 
     def stepping(make: Any, precision: str) -> Any:
         config = tiny(model__architecture__n_stacks=1, precision__compute=precision)
-        own = Program(config, make_corrupt(config.objective, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8))
-        step = make(own, Signature(False, ((1, Role.LIVE),), Role.LIVE, Role.LIVE, True, "fused"))
+        own = Program(config, Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8)
+        step = make(own, Signature(False, ((1, Role.LIVE),), Role.LIVE, Role.LIVE, True, "fused", own.task))
         rack = init_rack(jax.random.key(3), config.model, (1,))
         transforms = make_transforms(config, scales_head=False)
         moments = {name: init_part(transforms, name, part) for name, part in rack.items()}
@@ -159,7 +158,7 @@ def programs(tiny: Any) -> dict[str, Any]:
             batch = Batch(tokens, ones, places, jnp.arange(4), jnp.zeros(4, int))
             scaled = {"scale": jnp.float32(scale), "clean_steps": jnp.int32(7)} if scale else {}
             state = TrainState(rack, moments, scaled)
-            scalars = np.array(0.5, np.float32), np.array(3, np.int32)
+            scalars = np.full(3, 0.5, np.float32), np.array(3, np.int32)
             return state, *step(jax.tree.map(jnp.copy, state), {"frozen_stacks": []}, batch, None, *scalars)
 
         return run

@@ -3,8 +3,8 @@
 import pytest
 
 from stackwise_jax import config as config_lib
-from stackwise_jax.bench.overrides import apply_overrides
 from stackwise_jax.errors import UserError
+from stackwise_jax.overrides import apply_overrides
 
 
 def test_values_take_the_type_of_their_field():

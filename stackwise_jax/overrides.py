@@ -1,4 +1,4 @@
-"""Config fields as text, `--set=training.remat=dots`, for benchmarks that build their config themselves."""
+"""Config fields as text, `--set=training.remat=dots`, for programs that build their config themselves."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,0 +1,181 @@
+"""What must fit together in the curriculum."""
+
+import re
+
+from stackwise_jax.checks.choices import GROWING_MODES, LINEAR_MAPS, QUANTISED, RANK_PATTERNS, one_of, require
+from stackwise_jax.checks.model import stack_count
+from stackwise_jax.checks.text import budget_steps
+from stackwise_jax.schema import AdapterConfig, RunConfig
+
+
+def check_training(config: RunConfig) -> None:
+    """Budgets, batches, head and schedule."""
+    model, training, optimizer = config.model, config.training, config.optimizer
+    for field in ("phase_budget", "embedding_budget"):
+        budget_steps(getattr(training, field), 1, field=f"training.{field}")
+    require(
+        training.mode != "blockwise" or model.n_blocks % training.block_group == 0,
+        f"training.block_group={training.block_group} must divide the {model.n_blocks} blocks of the rack",
+    )
+    require(
+        training.batch_size % training.accumulation_steps == 0,
+        f"training.batch_size={training.batch_size} must be a multiple of "
+        f"training.accumulation_steps={training.accumulation_steps}",
+    )
+    require(
+        training.head != "copy" or (model.ties_embedding and training.mode in GROWING_MODES),
+        "training.head='copy' unties a tied table when the embedding freezes: it needs model.ties_embedding=True "
+        f"and a mode that grows, not ties_embedding={model.ties_embedding} with mode={training.mode!r}",
+    )
+    require(
+        optimizer.schedule != "wsd" or optimizer.warmup_fraction + optimizer.decay_fraction <= 1.0,
+        f"optimizer.warmup_fraction={optimizer.warmup_fraction} and decay_fraction={optimizer.decay_fraction} "
+        "must not exceed 1 together",
+    )
+
+
+def check_progressive(config: RunConfig) -> None:
+    """How a rack grows: direction, what happens to the trunk, last stacks, anchors, operators."""
+    training, progressive, growth = config.training, config.training.progressive, config.training.growth
+    grows = training.mode in GROWING_MODES
+    prepends, strategy = progressive.direction == "right_to_left", progressive.trunk_strategy
+    require(
+        grows or progressive.direction == "left_to_right",
+        f"training.progressive.direction={progressive.direction!r} needs a mode that grows a stack per phase; "
+        f"training.mode={training.mode!r} trains all at once: choose one of {', '.join(GROWING_MODES)}",
+    )
+    require(
+        strategy == "frozen" or training.mode == "progressive",
+        f"training.progressive.trunk_strategy={strategy!r} needs training.mode='progressive', not {training.mode!r}",
+    )
+    plain = grows and strategy == "frozen" and progressive.direction == "left_to_right"
+    plain = plain and config.objective.time in ("none", "input")
+    for field, unset in (("last_stacks", 0), ("anchor_every", None)):
+        value = getattr(progressive, field)
+        require(
+            value == unset or plain,
+            f"training.progressive.{field}={value} is of racks that grow left to right over a frozen trunk, without "
+            "objective.time='depth'",
+        )
+    n_stacks = stack_count(config)
+    require(
+        progressive.last_stacks < n_stacks,
+        f"training.progressive.last_stacks={progressive.last_stacks} must be below the {n_stacks} stacks of the rack",
+    )
+    require(
+        progressive.rebuild_every is None or progressive.anchor_every is not None,
+        f"training.progressive.rebuild_every={progressive.rebuild_every} goes with training.progressive.anchor_every: "
+        "without anchors no cache grows old",
+    )
+    for field, unset in (("operator", "random"), ("sizes", ""), ("shares", "")):
+        value = getattr(growth, field)
+        require(
+            strategy == "full" or value == unset,
+            f"training.growth.{field}={value!r} needs training.mode='progressive' with "
+            f"training.progressive.trunk_strategy='full', not {training.mode!r} with {strategy!r}",
+        )
+    require(
+        not progressive.shares or (grows and strategy != "full" and progressive.direction != "independent"),
+        f"training.progressive.shares={progressive.shares!r} is of modes that train a stack or a band per phase",
+    )
+    require(
+        not prepends or growth.operator == "random",
+        f"training.growth.operator={growth.operator!r} makes stacks after those that are there; "
+        "training.progressive.direction='right_to_left' needs 'random'",
+    )
+    require(
+        progressive.new_stack == "drawn" or (grows and strategy != "full" and config.model.norm_position == "pre"),
+        f"training.progressive.new_stack={progressive.new_stack!r} is of modes that train a stack beside settled ones, "
+        "in a pre-norm rack; leave it at 'drawn'",
+    )
+    require(
+        growth.operator != "zero_output" or config.model.norm_position == "pre",
+        "training.growth.operator='zero_output' changes nothing only in a pre-norm rack; set model.norm_position='pre' "
+        "or another operator",
+    )
+    require(
+        training.execution != "chained" or not config.model.time_input or training.embedding_phase == "alone",
+        "training.execution='chained' does not train what turns time into a vector together with stacks; set it to "
+        "'auto', or training.embedding_phase='alone'",
+    )
+
+
+def check_fusion(config: RunConfig) -> None:
+    """The phases after growth, or a run that begins with trained stacks."""
+    training, fusion, n_stacks = config.training, config.training.fusion, stack_count(config)
+    begins = training.mode == "fusion"
+    require(
+        begins == bool(fusion.sources),
+        f"training.fusion.sources={fusion.sources!r} and training.mode={training.mode!r}: the mode 'fusion' needs run "
+        "folders to begin with, and no other mode takes them",
+    )
+    if not fusion.budget:
+        return
+    budget_steps(fusion.budget, 1, field="training.fusion.budget")
+    match = re.fullmatch(r"last:([1-9]\d*)", fusion.live)
+    n_live = int(match.group(1)) if match else n_stacks
+    require(
+        (fusion.live in ("all", "adapters") or match is not None) and n_live <= n_stacks,
+        f"training.fusion.live={fusion.live!r} must be all, adapters, or last:N with N up to {n_stacks} stacks",
+    )
+    require(
+        fusion.unfreeze_phases <= n_live,
+        f"training.fusion.unfreeze_phases={fusion.unfreeze_phases} must be at most the {n_live} live stacks",
+    )
+    keeps = training.progressive.trunk_strategy == "qlora" and not training.adapters.merge
+    require(
+        not keeps or (fusion.live == "adapters" and fusion.unfreeze_phases == 1),
+        f"training.fusion.live={fusion.live!r} in {fusion.unfreeze_phases} phase(s) after trunk_strategy='qlora' would "
+        "train stacks without the adapters that they have; set training.adapters.merge=True, or live='adapters' in one "
+        "phase",
+    )
+    require(
+        training.mode != "end_to_end" and config.objective.time in ("none", "input"),
+        "training.fusion.budget asks for a phase after growth in which stacks are trained together; it goes with a "
+        "mode that grows, or 'fusion', and not with objective.time='depth'",
+    )
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Maps and ranks of adapters, and whether they can be merged."""
+    adapters = config.training.adapters
+    for name in adapters.targets.split(","):
+        one_of("training.adapters.targets", name.strip(), ("all", *LINEAR_MAPS))
+    require(
+        config.model.is_gated or "gate" not in adapters.targets,
+        f"training.adapters.targets={adapters.targets!r}: model.ffn={config.model.ffn!r} has no gate; leave it out",
+    )
+    if adapters.ranks not in RANK_PATTERNS:
+        adapter_ranks(adapters, stack_count(config))
+    require(
+        not adapters.merge or config.precision.trunk not in QUANTISED,
+        f"training.adapters.merge=True adds adapters into weights, which precision.trunk={config.precision.trunk!r} "
+        "stores rounded; leave it False, or store the trunk as fp32, bf16 or fp16",
+    )
+
+
+def adapter_ranks(config: AdapterConfig, n_stacks: int) -> tuple[int, ...]:
+    """The rank of the adapter of every stack, from the left.
+
+    >>> adapter_ranks(AdapterConfig(rank=8, ranks="increasing"), 4)
+    (2, 4, 6, 8)
+
+    Raises:
+      UserError: a list that is none, or not of one rank a stack.
+    """
+    if config.ranks == "constant":
+        return (config.rank,) * n_stacks
+    if config.ranks in RANK_PATTERNS:
+        rising = [max(1, (2 * config.rank * (i + 1) + n_stacks) // (2 * n_stacks)) for i in range(n_stacks)]
+        return tuple(rising if config.ranks == "increasing" else rising[::-1])
+    entries = [entry.strip() for entry in config.ranks.split(",")]
+    patterns = ", ".join(RANK_PATTERNS)
+    require(
+        all(re.fullmatch(r"[1-9][0-9]{0,5}", entry) for entry in entries),
+        f'training.adapters.ranks={config.ranks!r} must be one of {patterns}, or a list like "4,8,8,16"',
+    )
+    require(
+        len(entries) == n_stacks,
+        f"training.adapters.ranks={config.ranks!r} lists {len(entries)} rank(s) for {n_stacks} stacks; give each one",
+    )
+    return tuple(map(int, entries))
