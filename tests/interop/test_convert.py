@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -133,18 +134,28 @@ def test_what_we_trained_goes_out_and_comes_in(our_run: Path, tmp_path: Path):
     assert model == ours.model
 
 
-def test_quantised_stacks_and_a_head_that_was_untied_go_out(tiny: Any, tiny_corpus: Any, tmp_path: Path):
-    """Two blocks a stack, in nf4; they come back as the numbers that they stood for, one block a stack."""
+def without_adapters(run: Path) -> Iterator[Any]:
+    finished = huggingface.open_finished(run)
+    assert finished.references["adapters"]
+    return (jax.tree.map(jnp.asarray, finished.read("stacks", name)) for name in finished.references["stacks"])
+
+
+def test_quantised_stacks_adapters_and_a_head_that_was_untied_go_out(tiny: Any, tiny_corpus: Any, tmp_path: Path):
+    """Two blocks a stack, in nf4 and the first with an adapter; they come back as what they stood for, one a stack."""
     fields = {"model__architecture__n_stacks": 2, "model__architecture__blocks_per_stack": 2, "precision__trunk": "nf4"}
-    config = tiny(model__ties_embedding=True, training__head="copy", **fields)
+    fields |= {"training__mode": "progressive", "training__progressive__trunk_strategy": "qlora"}
+    config = tiny(model__ties_embedding=True, training__head="copy", optimizer__learning_rate=1e-2, **fields)
     loop.run(config, tiny_corpus, tmp_path / "run", say=lambda _: None)
     run_convert(tmp_path / "run", tmp_path / "out", dtype="float32")
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
     run_convert(tmp_path / "out", tmp_path / "back")
     tokens = np.random.default_rng(1).integers(7, 320, (2, 32)).astype(np.int32)
     rows = (np.ones_like(tokens), np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape), np.zeros_like(tokens))
-    ours, back = (logits_of(load_trained(tmp_path / name), tokens, *rows) for name in ("run", "back"))
+    trained = load_trained(tmp_path / "run")
+    ours, back = (logits_of(own, tokens, *rows) for own in (trained, load_trained(tmp_path / "back")))
     np.testing.assert_allclose(ours, back, rtol=1e-4, atol=1e-5)
+    plain = dataclasses.replace(trained, rack={**trained.rack, "stacks": list(without_adapters(tmp_path / "run"))})
+    assert np.abs(logits_of(plain, tokens, *rows) - back).max() > 1e-3
 
 
 def test_a_tokenizer_of_ours_is_written_as_json(our_run: Path, tiny_text: Path):

@@ -12,11 +12,22 @@ import pytest
 from stackwise_jax.config import resolve
 from stackwise_jax.models import weights
 from stackwise_jax.models.block import Context
-from stackwise_jax.models.rack import apply_rack, decode_rack, init_key_values, init_rack, output_table, row_context
+from stackwise_jax.models.growth import grow
+from stackwise_jax.models.rack import (
+    apply_rack,
+    count_parameters,
+    decode_rack,
+    init_key_values,
+    init_rack,
+    output_table,
+    row_context,
+    time_vector,
+)
 from stackwise_jax.models.stack import regroup
 from stackwise_jax.ops.mask import decoding_mask
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.train import loop
+from stackwise_jax.train.state import PartSource
 from stackwise_jax.train.trained import load_trained
 
 B, T = 2, 12
@@ -103,3 +114,42 @@ def test_unlike_blocks_train_and_stay_what_they_are(tiny: Any, tiny_corpus: Any,
     assert [float(fact) for stack in rack["stacks"] for fact in stack["is_first"]] == [1.0, 0.0, 0.0]
     assert float(jnp.abs(rack["head"]["logit_bias"]).max()) > 0.0
     assert result.plan.compilations == 2
+
+
+def facts_of(stack: Any) -> dict[str, list[float]]:
+    return {name: np.asarray(stack[name]).tolist() for name in ("is_local", "is_first")}
+
+
+@pytest.mark.parametrize("operator", ["copy", "zero_output"])
+def test_a_grown_stack_is_what_its_own_place_says(operator: str):
+    """The third stack of a growing rack, made of the first; moments of facts stay zero."""
+    entries = {**ENTRIES, "model": {**ENTRIES["model"], "architecture": {"n_stacks": 3, "blocks_per_stack": 2}}}
+    source = PartSource(resolve(entries), jax.random.key(0))
+    old = source.fresh(0, True)
+    stack, moments = source._grown(old, operator, 2)
+    assert facts_of(old[0]) == {"is_local": [0.0, 1.0], "is_first": [1.0, 0.0]}
+    assert facts_of(stack) == {"is_local": [1.0, 1.0], "is_first": [0.0, 0.0]}
+    assert facts_of(source.fresh(2, True)[0]) == facts_of(stack)
+    assert facts_of(grow(old[0], operator, MODEL)) == facts_of(old[0])  # the twin: places must be told
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), old[0], stack)
+    assert (same["attention"]["query"]["kernel"], same["attention"]["output"]["kernel"]) == (True, operator == "copy")
+    assert jax.tree.structure(moments) == jax.tree.structure(old[1])
+
+
+def test_the_first_block_without_a_norm_is_not_told_the_time_before_attention():
+    model = dataclasses.replace(MODEL, time_input=True)
+    rack = init_rack(jax.random.key(0), model, (5,))
+    rack["stacks"][0]["adaptive"]["kernel"] += 0.1  # zeros, through which no gradient reaches the time
+
+    @jax.jit
+    @jax.grad
+    def gradient(rack: Any) -> Any:
+        time = time_vector(rack["embedding"], jnp.array([0.2, 0.8]))
+        hidden = apply_rack(rack, TOKENS, row_context(model, None, PLACES, time=time), model, dtype=jnp.float32)
+        return jnp.sum(hidden * jnp.cos(jnp.arange(32.0))[None, None])
+
+    kernel = np.abs(gradient(rack)["stacks"][0]["adaptive"]["kernel"]).max(axis=1)  # of attention's norm, of the other
+    assert (kernel.reshape(5, 2, -1).max(axis=-1) > 0).tolist() == [[False, True], *[[True, True]] * 4]
+    unread = weights.count(weights.block_table(model)["adaptive"]) // 2 + MODEL.d_model
+    whole = dataclasses.replace(model, first_attention_norm=True)
+    assert count_parameters(model) == count_parameters(whole) - unread
