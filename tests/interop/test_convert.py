@@ -1,6 +1,7 @@
 """Folders of `transformers` in and out: the same numbers, the same names, the same logits, one shard in memory."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 from collections.abc import Iterator
@@ -24,9 +25,11 @@ from stackwise_jax.interop import huggingface
 from stackwise_jax.interop.shards import plan_shards, write_shards
 from stackwise_jax.interop.tokenizer_files import sentencepiece_as_json
 from stackwise_jax.models.rack import apply_rack, output_table, row_context
+from stackwise_jax.schema import ModelConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.trained import Trained, load_trained
 
+SHORT = {"training__embedding_phase": "with_first_stack", "training__phase_budget": "2 steps", "evaluation__rows": 8}
 NAMES = ("bert", "bert_untied_tanh", "modernbert", "gpt2", "llama3_grouped")
 
 
@@ -38,12 +41,14 @@ def run_convert(source: Path, target: Path, **flags: Any) -> None:
 
 
 def logits_of(trained: Trained, tokens: np.ndarray, segments: np.ndarray, positions: np.ndarray, types: Any) -> Any:
-    context = row_context(trained.model, jnp.asarray(segments), jnp.asarray(positions))
-    rack = trained.rack
-    hidden = apply_rack(
-        rack, jnp.asarray(tokens), context, trained.model, dtype=jnp.float32, token_types=jnp.asarray(types)
-    )
-    return np.asarray(hidden @ output_table(rack["head"], rack["embedding"]).T)
+    return np.asarray(jitted_logits(trained.rack, tokens, segments, positions, types, trained.model))
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def jitted_logits(rack: Any, tokens: Any, segments: Any, positions: Any, types: Any, model: ModelConfig) -> Any:
+    context = row_context(model, segments, positions)
+    hidden = apply_rack(rack, tokens, context, model, dtype=jnp.float32, token_types=types)
+    return hidden @ output_table(rack["head"], rack["embedding"]).T
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,7 +124,7 @@ def test_an_imported_run_is_read_by_the_programs(tmp_path: Path):
 def our_run(tiny: Any, tiny_corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaMA shape, trained by us with our SentencePiece tokenizer."""
     folder = tmp_path_factory.mktemp("ours") / "run"
-    loop.run(tiny(training__mode="layerwise"), tiny_corpus, folder, say=lambda _: None)
+    loop.run(tiny(training__mode="layerwise", **SHORT), tiny_corpus, folder, say=lambda _: None)
     return folder
 
 
@@ -144,6 +149,7 @@ def test_quantised_stacks_adapters_and_a_head_that_was_untied_go_out(tiny: Any, 
     """Two blocks a stack, in nf4 and the first with an adapter; they come back as what they stood for, one a stack."""
     fields = {"model__architecture__n_stacks": 2, "model__architecture__blocks_per_stack": 2, "precision__trunk": "nf4"}
     fields |= {"training__mode": "progressive", "training__progressive__trunk_strategy": "qlora"}
+    fields |= SHORT
     config = tiny(model__ties_embedding=True, training__head="copy", optimizer__learning_rate=1e-2, **fields)
     loop.run(config, tiny_corpus, tmp_path / "run", say=lambda _: None)
     run_convert(tmp_path / "run", tmp_path / "out", dtype="float32")
