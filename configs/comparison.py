@@ -105,8 +105,8 @@ def _entries(name: str) -> Any:
     entries.data.update({"seq_len": 512, "max_rows": 48_832, "isolate_documents": False})  # the fast causal kernels
     entries.training.update({"mode": row.mode, "batch_size": 32})
     entries.training.loss_chunk_tokens = 4096
-    entries.optimizer.learning_rate = _number(name, "a rate", float, rate, row.learning_rate)
-    entries.seed = _number(name, "a seed", int, seed, 0)
+    entries.optimizer.learning_rate = _number(name, float, rate, row.learning_rate)
+    entries.seed = _number(name, int, seed, 0)
     entries.precision.update({"compute": "bf16", "trunk": "bf16", "cache": "bf16"})
     entries.checkpoint.keep = 1
     entries.evaluation.rows = 512
@@ -117,8 +117,8 @@ def _entries(name: str) -> Any:
     return entries
 
 
-def _number(name: str, what: str, kind: Any, text: str | None, default: Any) -> Any:
+def _number(name: str, kind: Any, text: str | None, default: Any) -> Any:
     try:
         return kind(text) if text else default
     except ValueError:
-        raise UserError(f"row={name} must end in {what} as a number, for example ROW@1e-3 or ROW#1") from None
+        raise UserError(f"row={name} must read ROW@RATE or ROW#SEED with numbers, for example ROW@1e-3#1") from None
