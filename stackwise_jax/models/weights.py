@@ -119,7 +119,8 @@ def block_facts(model: ModelConfig, block: int | Array) -> dict[str, Array]:
     """What sets block number `block` of a rack apart from others, where blocks differ: 1.0 for yes, 0.0 for no.
 
     `is_local`: its attention is limited to `model.window`. `is_first`: it has no use for its attention norm. They lie
-    among its weights, so that unlike blocks are scanned alike and take them along wherever they are moved.
+    among its weights, so that unlike blocks are scanned alike, however stacks are cut (`models.stack.placed` says them
+    anew where a stack comes to another place).
     """
     facts = {}
     if model.window is not None and model.global_every is not None:
