@@ -136,7 +136,7 @@ def test_why_one_cache_cannot_serve_a_phase(fields: dict[str, Any], reason: str 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"training.progressive.direction": "right_to_left"}, "its frozen stacks are a tail"),
+        ({"training.progressive.direction": "right_to_left"}, "its settled stacks are a tail"),
         (QLORA, "its trunk is trained through adapters"),
         (FULL, "its frozen prefix is empty"),
         (ASSEMBLED, "nothing is trained"),
