@@ -45,7 +45,7 @@ def misses(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def test_formats_are_those_of_the_config():
     assert quant.FORMATS == choices.QUANTISED == tuple(REFERENCES)
-    assert {*MEASURED, "fp32"} == {*checks.TRUNK_PRECISIONS}
+    assert {*MEASURED, "fp32"} == {*choices.TRUNK_PRECISIONS}
 
 
 @pytest.mark.parametrize("kind", quant.FORMATS)
