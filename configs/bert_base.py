@@ -1,7 +1,7 @@
 """BERT base (109M parameters) as a masked language model at the classic 15 percent, in four stacks of three blocks.
 
 Claim: an encoder grows over a cached, frozen trunk as a decoder does, its held-out masked cross-entropy falling with
-every stack. It is BERT without next-sentence prediction and token-type embeddings, so its scores are not BERT's.
+every stack. It is BERT without next-sentence prediction, so its scores are not BERT's.
 Hardware: one GPU of 80 GB or more (the cache takes 48 GiB). Rough hours: 0.2 on an H200 (the plan's FLOPs at 250
 TFLOP/s, not measured).
 Command: `python -m stackwise_jax.main --config=configs/bert_base.py --config.data.source='text/*.jsonl'`.

@@ -25,6 +25,17 @@ class StabilityConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """How rotary positions are stretched to texts longer than those a model began with."""
+
+    kind: str = "none"  # none | linear (all wavelengths times factor) | llama3 (the long ones, as LLaMA 3.1 does)
+    factor: float = 8.0  # what wavelengths are multiplied by
+    low_frequency_factor: float = 1.0  # of llama3: wavelengths above original_positions over it are stretched wholly
+    high_frequency_factor: float = 4.0  # of llama3: those below original_positions over it are not; between, in part
+    original_positions: int = 8192  # of llama3: longest text before stretching
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
 
@@ -37,15 +48,24 @@ class ModelConfig:
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_position: str = "pre"  # pre | post (post has no final norm: the last block ends in one)
     norm_epsilon: float = 1e-5  # added to the variance
-    ffn: str = "swiglu"  # swiglu | geglu | gelu
+    norm_bias: bool = True  # every LayerNorm adds a vector
+    first_attention_norm: bool = True  # False: the first block reads the embedding as it is (pre-norm; ModernBERT)
+    ffn: str = "swiglu"  # swiglu | geglu | gelu (GELU by tanh) | geglu_erf | gelu_erf (GELU as defined)
     positions: str = "rotary"  # rotary | learned | none
     rope_theta: float = 10000.0  # longest wavelength of rotary positions, over 2 pi
+    rope_theta_local: float | None = None  # of blocks with a window, beside some without; None: rope_theta
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
     max_positions: int | None = None  # rows of a learned table; None: data.seq_len
+    token_types: int = 0  # rows of a table of token types (BERT: 2); the first is read where none are given
     embedding_norm: bool = False  # a norm right after the embedding, as in BERT
     use_bias: bool = False  # in every linear map of a block
     ties_embedding: bool = False  # the head reads the embedding's table
+    head_transform: bool = False  # a linear map, the activation of the blocks and a norm before the head's table (BERT)
+    logit_bias: bool = False  # the head adds a number to every logit
     dropout: float = 0.0  # of live stacks and a live embedding; a frozen trunk has none
     attention: str = "causal"  # causal | bidirectional
+    window: int | None = None  # attention reaches so many places to either side; None: all
+    global_every: int | None = None  # with a window: blocks 0, n, 2 n .. have none; None: every block has it
     time_input: bool = False  # blocks are told the masked fraction (adaptive norms); follows objective.time
     attention_implementation: str = "auto"  # auto | reference | xla | cudnn; a named one that cannot serve is an error
     init_std: float = 0.02  # of every matrix; maps onto the residual stream start smaller
@@ -55,6 +75,11 @@ class ModelConfig:
     @property
     def n_blocks(self) -> int:
         return self.architecture.n_stacks * self.architecture.blocks_per_stack
+
+    @property
+    def is_gated(self) -> bool:
+        """The feed-forward multiplies its activation by a second linear map."""
+        return self.ffn in ("swiglu", "geglu", "geglu_erf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +91,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of documents, chosen by a hash of their text
     text_field: str = "text"  # of .jsonl files and data sets
     tfds_dir: str = ""  # where prepared TensorFlow Datasets lie; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    tokenizer: str = ""  # a SentencePiece model file; empty: train one of model.vocab_size pieces on the source
+    tokenizer: str = ""  # a SentencePiece model or a tokenizer.json; empty: train one of model.vocab_size pieces
     seq_len: int = 256  # tokens a row
     isolate_documents: bool = True  # attention stays inside a document of a packed row
     max_bytes: int | None = None  # of text read from each source; None: all

@@ -23,7 +23,7 @@ jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Every module but types.py: JAX rebuilds its pytree classes around things that are not arrays.
-CHECKED = ("ops", "models", "objectives", "memory", "train", "data", "evals", "generate", "bench")
+CHECKED = ("ops", "models", "objectives", "memory", "train", "data", "evals", "generate", "bench", "interop")
 CHECKED += ("config", "checks", "report", "evaluate", "command")
 install_import_hook([f"stackwise_jax.{name}" for name in CHECKED], "beartype.beartype")
 

@@ -19,7 +19,9 @@ import pytest
 
 from stackwise_jax.config import resolve
 from stackwise_jax.errors import UserError
-from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.models import families
+from stackwise_jax.train.describe import describe
+from stackwise_jax.train.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "stackwise_jax").rglob("*.py"))
@@ -29,11 +31,7 @@ TESTS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("*
 # What each part may import of the package, besides itself. Parts that are not listed stand above training (programs,
 # evaluations, generation, benchmarks): they may import anything, and because no list names them, nothing below does.
 BASE = {"types", "errors", "schema", "config", "checks", ""}
-MAY_IMPORT = {
-    "": set(),
-    "types": set(),
-    "errors": set(),
-    "schema": set(),
+MAY_IMPORT: dict[str, set[str]] = {name: set() for name in ("", "types", "errors", "schema")} | {
     "checks": {"errors", "schema"},
     "config": {"checks", "errors", "schema"},
     "ops": BASE,
@@ -227,6 +225,7 @@ def test_house_rules_let_pass(checker: Checker, path: str, source: str):
 # --- configs ---
 
 ARGUMENTS = {"configs/gpt2_small.py": ["layerwise", "stackwise", "end_to_end"]}
+ARGUMENTS |= {f"configs/{family}.py": list(sizes) for family, sizes in families.SIZES.items()}
 ARGUMENTS["configs/comparison.py"] = ["layerwise", "stackwise_2x6_frozen_head", "control_3@2e-3"]
 
 
@@ -236,7 +235,7 @@ def test_every_config_resolves_and_says_what_it_is(path: str):
     for arguments in [[], *([argument] for argument in ARGUMENTS.get(path, []))]:
         config = resolve(loaded["get_config"](*arguments))
         assert config.name.startswith(Path(path).stem)
-        assert make_curriculum(config)
+        assert describe(make_plan(config, None))
     for word in ("Claim: ", "Hardware: ", "Command: ", f"--config={path}"):
         assert word in loaded["__doc__"], f"{path} does not say: {word}"
 

@@ -42,7 +42,7 @@ def check_choices(config: RunConfig) -> None:
     choices: dict[str, tuple[Any, tuple[str, ...]]] = {
         "model.norm": (model.norm, ("rmsnorm", "layernorm")),
         "model.norm_position": (model.norm_position, ("pre", "post")),
-        "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu")),
+        "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu", "geglu_erf", "gelu_erf")),
         "model.positions": (model.positions, ("rotary", "learned", "none")),
         "model.attention": (model.attention, ("causal", "bidirectional")),
         "model.attention_implementation": (model.attention_implementation, ("auto", "reference", "xla", "cudnn")),

@@ -3,19 +3,15 @@
 import typing
 
 from stackwise_jax.checks.choices import MASKED, OBJECTIVES, one_of, require
+from stackwise_jax.checks.family import check_family
 from stackwise_jax.schema import RunConfig
 
 
 def check_model(config: RunConfig) -> None:
     """The block, and the attention that the objective needs."""
     model, objective = config.model, config.objective
-    heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
-    d_head, max_positions = typing.cast(int, model.d_head), typing.cast(int, model.max_positions)
-    require(heads % kv_heads == 0, f"model.n_heads={heads} must be a multiple of model.n_kv_heads={kv_heads}")
-    require(
-        model.positions != "rotary" or d_head % 2 == 0,
-        f"model.d_head={d_head} must be even for rotary positions; set model.d_head or model.positions",
-    )
+    max_positions = typing.cast(int, model.max_positions)
+    check_family(model)
     require(
         model.positions != "learned" or max_positions >= config.data.seq_len,
         f"model.max_positions={max_positions} must be at least data.seq_len={config.data.seq_len}",

@@ -142,8 +142,8 @@ def check_adapters(config: RunConfig) -> None:
     for name in adapters.targets.split(","):
         one_of("training.adapters.targets", name.strip(), ("all", *LINEAR_MAPS))
     require(
-        config.model.ffn != "gelu" or "gate" not in adapters.targets,
-        f"training.adapters.targets={adapters.targets!r}: model.ffn='gelu' has no gate; leave it out",
+        config.model.is_gated or "gate" not in adapters.targets,
+        f"training.adapters.targets={adapters.targets!r}: model.ffn={config.model.ffn!r} has no gate; leave it out",
     )
     if adapters.ranks not in RANK_PATTERNS:
         adapter_ranks(adapters, stack_count(config))

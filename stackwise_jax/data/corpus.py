@@ -24,7 +24,7 @@ from stackwise_jax.data.build import FORMAT_VERSION, SPLITS, build_corpus, json_
 from stackwise_jax.data.digests import DigestMemo
 from stackwise_jax.data.sources import digest_source
 from stackwise_jax.data.split import Part, Split
-from stackwise_jax.data.tokenizer import Tokenizer, load_tokenizer
+from stackwise_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.schema import DataConfig, RunConfig
 
@@ -109,7 +109,7 @@ def open_corpus(directory: Path, *, check_all: bool = False) -> Corpus:
       UserError: it is missing, or damaged: in its tokens only when `check_all`, otherwise when those are read.
     """
     manifest = _read_manifest(directory)
-    tokenizer = Tokenizer(_checked_bytes(directory, "tokenizer.model", manifest))
+    tokenizer = open_tokenizer(_checked_bytes(directory, "tokenizer.model", manifest))
     splits = [_open_split(directory, name, manifest, tokenizer) for name in SPLITS]
     if check_all:
         for split in splits:

@@ -102,6 +102,14 @@ class Tokenizer:
         kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in special]
         return self._processor.decode(kept) if kept else ""
 
+    def piece(self, number: int) -> str:
+        """A piece as the model spells it."""
+        return self._processor.id_to_piece(number)
+
+    def score(self, number: int) -> float:
+        """What the model ranks a piece by; of pieces that two neighbours may be joined to, the highest is."""
+        return self._processor.get_score(number)
+
     def scored_bytes(self, targets: Int[np.ndarray, "*m"], weights: Float[np.ndarray, "*m"]) -> int:
         """UTF-8 bytes of the text that a loss asks for: of the targets whose weight is not 0."""
         return int(self.piece_bytes[targets[weights > 0]].sum())
@@ -118,13 +126,22 @@ class Tokenizer:
         return counts
 
 
+def open_tokenizer(model: bytes, *, name: str = "the tokenizer") -> Tokenizer:
+    """A tokenizer out of the bytes of a SentencePiece model or of a `tokenizer.json`; UserError when it is unfit."""
+    if model.lstrip()[:1] == b"{":
+        from stackwise_jax.data.json_tokenizer import JsonTokenizer
+
+        return JsonTokenizer(model, name=name)
+    return Tokenizer(model, name=name)
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a SentencePiece model file; UserError when it is missing, damaged or unfit (see `Tokenizer`)."""
+    """Reads a tokenizer's file; UserError when it is missing, damaged or unfit (see `open_tokenizer`)."""
     try:
         model = path.read_bytes()
     except OSError as error:
         raise UserError(f"data.tokenizer={str(path)!r} cannot be read: {error.strerror or error}") from None
-    return Tokenizer(model, name=f"data.tokenizer={str(path)!r}")
+    return open_tokenizer(model, name=f"data.tokenizer={str(path)!r}")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:

@@ -37,7 +37,7 @@ def stored_block_bytes(config: RunConfig, fsdp: int = 1) -> int:
 
 
 def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None = None) -> float:
-    """FLOPs of one block a token, forward.
+    """FLOPs of one block a token, forward; of the mean of all blocks where they are unlike.
 
     Args:
       attention: kind of mask, where it is not the model's; block diffusion runs every row twice, side by side.
@@ -46,14 +46,27 @@ def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None 
     kernels = [table["mlp"], table["attention"]]
     matrices = sum(w.size for part in kernels for linear in part.values() for w in linear.values() if w.is_matrix)
     kind = attention or model.attention
-    seen = seq_len / 2 if kind == "causal" else seq_len
+    seen = _places_seen(model, seq_len, kind)
     head_width = typing.cast(int, model.d_head)
     return (2.0 if kind == "block_diffusion" else 1.0) * (2.0 * matrices + 4.0 * seen * model.n_heads * head_width)
 
 
+def _places_seen(model: ModelConfig, seq_len: int, kind: str) -> float:
+    """Places that a place attends to, in the mean over places and blocks, whatever is masked away besides."""
+    sides = 1 if kind == "causal" else 2
+    whole = sides * seq_len / 2
+    if model.window is None:
+        return whole
+    local = min(whole, sides * model.window + 1.0)
+    if model.global_every is None:
+        return local
+    n_global = -(-model.n_blocks // model.global_every)
+    return (n_global * whole + (model.n_blocks - n_global) * local) / model.n_blocks
+
+
 def head_forward_flops(model: ModelConfig) -> float:
-    """FLOPs of the output table a token, forward."""
-    return 2.0 * model.d_model * model.vocab_size
+    """FLOPs of the output table, and of BERT's map before it, a token, forward."""
+    return 2.0 * model.d_model * (model.vocab_size + (model.d_model if model.head_transform else 0))
 
 
 def step_flops_per_token(
@@ -134,7 +147,7 @@ def activation_bytes(config: RunConfig, live_blocks: int) -> int:
     tokens = rows * config.data.seq_len
     item = item_bytes(config.precision.compute)
     heads = model.n_heads + 2 * typing.cast(int, model.n_kv_heads)
-    ffn = 4 if model.ffn != "gelu" else 2
+    ffn = 4 if model.is_gated else 2
     inside = {
         "none": 6 * model.d_model + heads * typing.cast(int, model.d_head) + ffn * model.d_ff,
         "dots": 3 * model.d_model + heads * typing.cast(int, model.d_head) + (ffn - 1) * model.d_ff,

@@ -29,7 +29,7 @@ PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 # The weights that are cut: all that are matrices in models/weights.py, by the last part of their name, and the parts of
 # one that has an adapter.
-MATRICES = ("kernel", "tokens", "positions", "table", "base", "a", "b")
+MATRICES = ("kernel", "tokens", "positions", "token_types", "table", "base", "a", "b")
 DATA, FSDP = "data", "fsdp"
 _ALL = PartitionSpec((DATA, FSDP))
 _WHOLE = "whole_weights"  # names what the backward pass brings together anew instead of keeping it

@@ -1,16 +1,19 @@
 """One Transformer block, and what it needs to know about its rows."""
 
 import dataclasses
+import typing
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from stackwise_jax.models.layers import FeedForward, Linear, Modulation, Norm, dropout, modulations
 from stackwise_jax.ops.attention import attention
-from stackwise_jax.ops.mask import Mask
-from stackwise_jax.ops.rope import apply_rope
+from stackwise_jax.ops.mask import Mask, within_window
+from stackwise_jax.ops.rope import apply_rope, rope_frequencies
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key
 
@@ -63,7 +66,11 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (Linear(self.dtype, self.in_fp8) for _ in range(4))
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, stored: KeyValues | None
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        stored: KeyValues | None,
+        is_local: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         B, T, _ = x.shape
         model = self.model
@@ -72,13 +79,35 @@ class Attention(nn.Module):
         keys = self.key(rows).reshape(B, T, model.n_kv_heads, model.d_head)
         values = self.value(rows).reshape(B, T, model.n_kv_heads, model.d_head)
         if model.positions == "rotary":
-            queries = apply_rope(queries, context.positions, model.rope_theta)
-            keys = apply_rope(keys, context.positions, model.rope_theta)
+            frequencies = _frequencies(model, is_local)
+            queries = apply_rope(queries, context.positions, frequencies)
+            keys = apply_rope(keys, context.positions, frequencies)
         if stored is not None:
             stored = stored.write(keys, values, context.write_at)
             keys, values = stored.keys.astype(self.dtype), stored.values.astype(self.dtype)
-        mixed = attention(queries, keys, values, context.mask, implementation=model.attention_implementation)
+        mask = _within_reach(context, model, is_local, keys.shape[1])
+        mixed = attention(queries, keys, values, mask, implementation=model.attention_implementation)
         return self.output(mixed.reshape(B * T, -1)).reshape(x.shape), stored
+
+
+def _frequencies(model: ModelConfig, is_local: Array | None) -> Float32[Array | np.ndarray, "h"]:
+    """Of rotary positions; those of a local block may have a base of their own."""
+    d_head = typing.cast(int, model.d_head)
+    frequencies = rope_frequencies(d_head, model.rope_theta, model.rope_scaling)
+    if is_local is None or model.rope_theta_local is None:
+        return frequencies
+    of_local = rope_frequencies(d_head, model.rope_theta_local, model.rope_scaling)
+    return jnp.where(is_local > 0, of_local, frequencies)
+
+
+def _within_reach(
+    context: Context, model: ModelConfig, is_local: Array | None, length: int
+) -> Mask | Bool[Array, "B 1 T S"]:
+    """The mask of a block, cut to the model's window unless the block is one of those that reach all `length` keys."""
+    if model.window is None:
+        return context.mask
+    window = model.window if is_local is None else jnp.where(is_local > 0, model.window, length)
+    return within_window(context.mask, window, context.write_at)
 
 
 class Block(nn.Module):
@@ -106,12 +135,13 @@ class Block(nn.Module):
         stored: KeyValues | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        is_local = self._fact("is_local")
         attention_change, mlp_change = self._modulations(context)
         if self.model.norm_position == "pre":
-            mixed, stored = self.attention(self.attention_norm(x, attention_change), context, stored)
+            mixed, stored = self.attention(self._read(x, attention_change), context, stored, is_local)
             x = x + self._branch(mixed, attention_key)
             return x + self._branch(self.mlp(self.mlp_norm(x, mlp_change)), mlp_key), stored
-        mixed, stored = self.attention(x, context, stored)
+        mixed, stored = self.attention(x, context, stored, is_local)
         x = self.attention_norm(x + self._branch(mixed, attention_key), attention_change)
         return self.mlp_norm(x + self._branch(self.mlp(x), mlp_key), mlp_change), stored
 
@@ -121,6 +151,16 @@ class Block(nn.Module):
             return None, None
         of_attention, of_mlp = modulations(self.get_variable("params", "adaptive"), context.time, 2)
         return of_attention, of_mlp
+
+    def _fact(self, name: str) -> Float[Array, ""] | None:
+        """See `weights.block_facts`; None where all blocks are alike in it."""
+        fact = self.get_variable("params", name)
+        return None if fact is None else jax.lax.stop_gradient(fact)
+
+    def _read(self, x: Float[Array, "B T D"], change: Modulation | None) -> Float[Array, "B T D"]:
+        """What attention reads of a pre-norm block; without a norm nothing tells it the time."""
+        normed, is_first = self.attention_norm(x, change), self._fact("is_first")
+        return normed if is_first is None else jnp.where(is_first > 0, x, normed)
 
     def _branch(self, added: Float[Array, "B T D"], key: Key | None) -> Float[Array, "B T D"]:
         """What a residual connection adds, after dropout and the block's gain."""

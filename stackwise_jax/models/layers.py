@@ -89,15 +89,15 @@ class FeedForward(nn.Module):
 
     def setup(self) -> None:
         self.up, self.down = Linear(self.dtype, self.in_fp8), Linear(self.dtype, self.in_fp8)
-        if self.model.ffn != "gelu":
+        if self.model.is_gated:
             self.gate = Linear(self.dtype, self.in_fp8)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         rows = x.reshape(-1, x.shape[-1])  # once, so that the backward pass keeps it once
-        if self.model.ffn == "gelu":
-            hidden = activate(self.up(rows), None, self.model.ffn)
-        else:
+        if self.model.is_gated:
             hidden = activate(self.gate(rows), self.up(rows), self.model.ffn)
+        else:
+            hidden = activate(self.up(rows), None, self.model.ffn)
         return self.down(hidden).reshape(x.shape)
 
 

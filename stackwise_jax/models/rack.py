@@ -15,6 +15,7 @@ from stackwise_jax.models import weights
 from stackwise_jax.models.block import Context, KeyValues
 from stackwise_jax.models.layers import apply_norm, dropout, modulations
 from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
+from stackwise_jax.ops.activation import activate
 from stackwise_jax.ops.mask import Mask, MaskKind
 from stackwise_jax.ops.matmul import matmul
 from stackwise_jax.schema import ModelConfig
@@ -22,6 +23,9 @@ from stackwise_jax.types import Key, Params
 
 # Streams of the run's key, so that no two parts of a rack ever draw the same numbers.
 EMBEDDING_STREAM, BLOCKS_STREAM, HEAD_STREAM = 0, 1, 2
+# Columns that a bias on logits takes in the output table: rows of 16-bit numbers stay aligned to 16 bytes, as matrix
+# units want them.
+BIAS_COLUMNS = 8
 
 # A masked fraction is told as DiT tells its 1000 steps: waves of 1 to 10000 radians a step.
 TIME_STEPS, LONGEST_TIME = 1000.0, 10000.0
@@ -54,9 +58,14 @@ def init_rack(key: Key, model: ModelConfig, sizes: tuple[int, ...]) -> Params:
 
 def count_parameters(model: ModelConfig) -> int:
     """Parameters of a whole rack, a tied table counted once."""
+    block = weights.block_table(model)
+    unused = 0
+    if not model.first_attention_norm:  # nor what would tell it the time, half of what tells both norms
+        unused = weights.count(block["attention_norm"]) + weights.count(block.get("adaptive", {})) // 2
     return (
         weights.count(weights.embedding_table(model))
-        + model.n_blocks * weights.count(weights.block_table(model))
+        + model.n_blocks * weights.count(block)
+        - unused
         + weights.count(weights.head_table(model, tied=model.ties_embedding))
     )
 
@@ -69,9 +78,12 @@ def apply_embedding(
     *,
     dtype: DTypeLike,
     key: Key | None = None,
+    token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Looks tokens up, adds learned positions and the norm where the model has them."""
+    """Looks tokens up, adds token types (the first where none are given), learned positions and the norm, if any."""
     x = params["tokens"][inputs]
+    if model.token_types:
+        x = x + params["token_types"][jnp.zeros_like(inputs) if token_types is None else token_types]
     if model.positions == "learned":
         x = x + params["positions"][positions]
     if model.embedding_norm:
@@ -101,21 +113,43 @@ def time_vector(embedding: Params, rates: Float[Array, "B"]) -> Float[Array, "B 
 
 def apply_head_norm(
     params: Params, x: Float[Array, "B T D"], model: ModelConfig, time: Float[Array, "B C"] | None = None
-) -> Float[Array, "B T D"]:
-    """The final norm of a pre-norm rack; a post-norm block already ends in one.
+) -> Float[Array, "B T E"]:
+    """What stands between the last stack and the output table: the final norm, and BERT's map, activation and norm.
+
+    A post-norm block already ends in a norm, and a rack without the map needs none here.
 
     Args:
-      time: `Context.time`, where `model.time_input`.
+      time: `Context.time`, where `model.time_input`; it changes the final norm.
+
+    Returns:
+      as wide as the rows of `output_table`, so that their products are the logits.
     """
-    if model.norm_position == "post":
-        return x
-    modulation = modulations(params["adaptive"], time, 1)[0] if model.time_input else None
-    return apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model, modulation)
+    if model.norm_position == "pre":
+        modulation = modulations(params["adaptive"], time, 1)[0] if model.time_input else None
+        x = apply_norm(params["norm"]["scale"], params["norm"].get("bias"), x, model, modulation)
+    if model.head_transform:
+        mapped = matmul(x.reshape(-1, x.shape[-1]), params["transform"]["kernel"], dtype=x.dtype)
+        bias = params["transform"].get("bias")
+        mapped = mapped if bias is None else mapped + bias.astype(x.dtype)[None, :]
+        own = params["transform_norm"]
+        x = apply_norm(own["scale"], own.get("bias"), activate(mapped, None, model.ffn).reshape(x.shape), model)
+    if model.logit_bias:
+        ones = jnp.zeros((*x.shape[:2], BIAS_COLUMNS), x.dtype).at[:, :, 0].set(1)
+        x = jnp.concatenate([x, ones], axis=-1)
+    return x
 
 
-def output_table(head: Params, embedding: Params) -> Float[Array, "V D"]:
-    """The table that logits are taken against: the head's own, or the embedding's when tied."""
-    return head["table"] if "table" in head else embedding["tokens"]
+def output_table(head: Params, embedding: Params) -> Float[Array, "V E"]:
+    """The table that logits are taken against: the head's own, or the embedding's when tied.
+
+    A bias on logits is one more column, which meets a one in what `apply_head_norm` returns; zeros fill up
+    `BIAS_COLUMNS`.
+    """
+    table = head["table"] if "table" in head else embedding["tokens"]
+    if "logit_bias" not in head:
+        return table
+    column = jnp.pad(head["logit_bias"].astype(table.dtype)[:, None], ((0, 0), (0, BIAS_COLUMNS - 1)))
+    return jnp.concatenate([table, column], axis=1)
 
 
 def row_context(
@@ -148,9 +182,11 @@ def apply_rack(
     model: ModelConfig,
     *,
     dtype: DTypeLike,
-) -> Float[Array, "B T D"]:
-    """Runs the whole rack, without dropout, through the final norm; multiply by `output_table` for logits."""
-    x = apply_embedding(rack["embedding"], inputs, context.positions, model, dtype=dtype)
+    token_types: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T E"]:
+    """Runs the whole rack, without dropout, up to the output table; multiply by `output_table` for logits."""
+    embedding = rack["embedding"]
+    x = apply_embedding(embedding, inputs, context.positions, model, dtype=dtype, token_types=token_types)
     for stack in rack["stacks"]:
         x = apply_stack(stack, x, context, model, dtype=dtype)
     return apply_head_norm(rack["head"], x, model, context.time)
@@ -203,4 +239,4 @@ def rack_logits(
     """float32 logits of what the last stack puts out; `time` as in `apply_head_norm`."""
     x = apply_head_norm(rack["head"], x, model, time)
     table = output_table(rack["head"], rack["embedding"])
-    return jnp.einsum("BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("BTE,VE->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -32,8 +32,21 @@ REMAT: dict[str, Callable[[Body, bool], Body]] = {
 def init_stack(key: Key, model: ModelConfig, first_block: int | Array, n_blocks: int) -> Params:
     """Draws blocks `first_block ..` of the rack; a block's values depend on its place in the rack, not on grouping."""
     table = weights.block_table(model)
-    keys = jax.vmap(lambda block: jax.random.fold_in(key, block))(first_block + jnp.arange(n_blocks))
-    return jax.vmap(lambda own_key: weights.init_weights(own_key, table))(keys)
+
+    def draw(block: Array) -> Params:
+        return weights.init_weights(jax.random.fold_in(key, block), table) | weights.block_facts(model, block)
+
+    return jax.vmap(draw)(first_block + jnp.arange(n_blocks))
+
+
+def placed(params: Params, model: ModelConfig, first_block: int | Array) -> Params:
+    """A stack from somewhere else as blocks `first_block ..` of the rack: what its place says of each block is new.
+
+    Args:
+      params: of any storage; its dtypes are kept.
+    """
+    facts = jax.vmap(lambda block: weights.block_facts(model, block))(first_block + jnp.arange(stack_size(params)))
+    return params | {name: fact.astype(params[name].dtype) for name, fact in facts.items()}
 
 
 def stack_size(params: Params) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
@@ -24,7 +25,8 @@ class Weight:
     Attributes:
       shape: without the leading block axis that stacks add.
       axes: one letter of the axis alphabet per dimension ("NH" is heads times head width).
-      init: "normal" (of `std`), "ones", "zeros" or "constant" (`value` everywhere).
+      init: "normal" (of `std`), "ones", "zeros" or "constant" (`value` everywhere); "place": a fact about the block,
+        told by its place in the rack (`block_facts`), that is kept with its weights and no gradient changes.
       std: standard deviation of a normal initialiser.
       value: of a constant initialiser.
     """
@@ -55,7 +57,7 @@ TIME_FEATURES, TIME_WIDTH = 128, 128
 
 def _norm(model: ModelConfig) -> Table:
     scale = {"scale": Weight((model.d_model,), ("D",), "ones")}
-    if model.norm == "rmsnorm":
+    if model.norm == "rmsnorm" or not model.norm_bias:
         return scale
     return scale | {"bias": Weight((model.d_model,), ("D",), "zeros")}
 
@@ -92,7 +94,7 @@ def block_table(model: ModelConfig) -> Table:
     width, hidden = (model.d_model, "D"), (model.d_ff, "F")
     heads, keys = (model.n_heads * head_width, "NH"), (kv_heads * head_width, "KH")
     mlp = {"up": _linear(model, width, hidden, std), "down": _linear(model, hidden, width, residual_std)}
-    if model.ffn in ("swiglu", "geglu"):
+    if model.is_gated:
         mlp["gate"] = _linear(model, width, hidden, std)
     table: Table = {
         "attention_norm": _norm(model),
@@ -110,19 +112,36 @@ def block_table(model: ModelConfig) -> Table:
     gain = model.stability.residual_gain
     if gain is not None:
         table["residual_gain"] = Weight((), (), "constant", value=gain)
-    return table
+    return table | {name: Weight((), (), "place") for name in block_facts(model, 0)}
+
+
+def block_facts(model: ModelConfig, block: int | Array) -> dict[str, Array]:
+    """What sets block number `block` of a rack apart from others, where blocks differ: 1.0 for yes, 0.0 for no.
+
+    `is_local`: its attention is limited to `model.window`. `is_first`: it has no use for its attention norm. They lie
+    among its weights, so that unlike blocks are scanned alike, however stacks are cut (`models.stack.placed` says them
+    anew where a stack comes to another place).
+    """
+    facts = {}
+    if model.window is not None and model.global_every is not None:
+        facts["is_local"] = jnp.float32(jnp.asarray(block) % model.global_every != 0)
+    if not model.first_attention_norm:
+        facts["is_first"] = jnp.float32(jnp.asarray(block) == 0)
+    return facts
 
 
 def embedding_table(model: ModelConfig) -> Table:
-    """The token table, learned positions if any, the norm after them if any, and with `model.time_input` the time.
+    """The token table, and what there is of learned positions, token types, the norm after them and the time.
 
-    The time's network lies here because it is settled with the embedding: what a frozen stack is told never changes. It
-    has 33,024 parameters whatever the width.
+    The time's network (`model.time_input`) lies here because it is settled with the embedding: what a frozen stack is
+    told never changes. It has 33,024 parameters whatever the width.
     """
     table: Table = {"tokens": Weight((model.vocab_size, model.d_model), ("V", "D"), std=model.init_std)}
     if model.positions == "learned":
         positions = typing.cast(int, model.max_positions)
         table["positions"] = Weight((positions, model.d_model), ("T", "D"), std=model.init_std)
+    if model.token_types:
+        table["token_types"] = Weight((model.token_types, model.d_model), ("V", "D"), std=model.init_std)
     if model.embedding_norm:
         table["norm"] = _norm(model)
     if model.time_input:
@@ -131,15 +150,20 @@ def embedding_table(model: ModelConfig) -> Table:
 
 
 def head_table(model: ModelConfig, *, tied: bool) -> Table:
-    """The final norm (pre-norm racks only) and, unless tied, the table that logits are taken against.
+    """The final norm (pre-norm racks only), BERT's map if any, unless tied the output table, and its bias if any.
 
-    With `model.time_input` the norm is adaptive: (C + 1) * 2 D = 258 D parameters.
+    With `model.time_input` the final norm is adaptive: (C + 1) * 2 D = 258 D parameters.
     """
     table: Table = {"norm": _norm(model)} if model.norm_position == "pre" else {}
     if model.time_input and model.norm_position == "pre":
         table["adaptive"] = _adaptive(model, 1)
+    if model.head_transform:
+        table["transform"] = _linear(model, (model.d_model, "D"), (model.d_model, "D"), model.init_std)
+        table["transform_norm"] = _norm(model)
     if not tied:
         table["table"] = Weight((model.vocab_size, model.d_model), ("V", "D"), std=model.init_std)
+    if model.logit_bias:
+        table["logit_bias"] = Weight((model.vocab_size,), ("V",), "zeros")
     return table
 
 
@@ -149,18 +173,19 @@ def is_weight(node: Any) -> bool:
 
 
 def count(table: Table) -> int:
-    """Number of parameters in a table."""
-    return sum(weight.size for weight in jax.tree.leaves(table, is_leaf=is_weight))
+    """Number of parameters in a table, facts about blocks not among them."""
+    return sum(weight.size for weight in jax.tree.leaves(table, is_leaf=is_weight) if weight.init != "place")
 
 
 def init_weights(key: Key, table: Table) -> Params:
-    """Draws float32 parameters; each depends on `key` and its own name only, never on its neighbours."""
+    """Draws float32 parameters; each depends on `key` and its own name only, never on its neighbours.
+
+    Facts about blocks are 0 until somebody who knows the block's place says otherwise.
+    """
 
     def draw(path: tuple[Any, ...], weight: Weight) -> jax.Array:
         if weight.init != "normal":
-            return jnp.full(
-                weight.shape, {"ones": 1.0, "zeros": 0.0, "constant": weight.value}[weight.init], jnp.float32
-            )
+            return jnp.full(weight.shape, 1.0 if weight.init == "ones" else weight.value, jnp.float32)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         return weight.std * jax.random.normal(own_key, weight.shape, jnp.float32)

@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# GELU (Hendrycks and Gimpel, 2016) by its tanh approximation; SiLU is the gate of SwiGLU (Shazeer, 2020).
+gelu_erf = partial(jax.nn.gelu, approximate=False)
+
+# GELU (Hendrycks and Gimpel, 2016) as defined (erf) or by its tanh approximation; SiLU is the gate of SwiGLU (Shazeer,
+# 2020).
 ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
+ACTIVATIONS |= {"geglu_erf": gelu_erf, "gelu_erf": gelu_erf}
 
 
 def activate(x: Float[Array, "*B F"], up: Float[Array, "*B F"] | None, kind: str) -> Float[Array, "*B F"]:

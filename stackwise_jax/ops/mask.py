@@ -37,22 +37,30 @@ class Mask:
       prefix_lengths: length of each row's prefix, counted from the start of the row; given if and only if the kind is
         prefix.
       block_length: places of a block, given if and only if there are blocks; the last one may be shorter. Static.
+      window: places see those at most so far away, before or after, in either half of a row of two halves as if they
+        were one; None: all.
     """
 
     kind: MaskKind = dataclasses.field(metadata={"static": True})
     segments: Int[Array, "B T"] | None = None
     prefix_lengths: Int[Array, "B"] | None = None
     block_length: int | None = dataclasses.field(default=None, metadata={"static": True})
+    window: Int[Array, ""] | int | None = None
 
     @property
     def has_data(self) -> bool:
-        """Whether the mask differs from row to row, so that what is static does not tell it."""
+        """Whether what is static does not tell the mask."""
+        return self.differs_by_row or self.window is not None
+
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether rows have masks of their own."""
         return self.segments is not None or self.prefix_lengths is not None
 
     def as_array(self, length: int) -> Bool[Array, "b 1 T T"]:
         """Returns the mask of rows of `length` places: [b, 0, t, s] is True where place t sees place s.
 
-        b is B, or 1 when the mask is the same for every row (`has_data` is False).
+        b is B, or 1 when the mask is the same for every row (`differs_by_row` is False).
 
         >>> Mask("causal").as_array(3)[0, 0].astype(int).tolist()
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
@@ -74,6 +82,9 @@ class Mask:
             visible = visible | (place[None, None, None, :] < self.prefix_lengths[:, None, None, None])
         if self.segments is not None:
             visible = visible & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+        if self.window is not None:
+            own = place % (length // 2) if self.kind == "block_diffusion" else place
+            visible = visible & (jnp.abs(own[:, None] - own[None, :]) <= self.window)[None, None]
         return visible
 
     def _check(self, length: int) -> None:
@@ -99,6 +110,22 @@ class Mask:
         query, key = (block[:, None], is_clean[:, None]), (block[None, :], is_clean[None, :])
         own = (query[0] == key[0]) & (query[1] == key[1])
         return own | (key[1] & (key[0] < query[0]))
+
+
+def within_window(
+    mask: Mask | Bool[Array, "B 1 T S"], window: Int[Array, ""] | int, first_query: Int[Array, ""] | int
+) -> Mask | Bool[Array, "B 1 T S"]:
+    """A mask of which each place sees those at most `window` away alone.
+
+    Args:
+      mask: a `Mask` without a window, or which stored keys each query sees.
+      first_query: with an array, the slot in which the first query's own key lies; the next queries' follow it.
+    """
+    if isinstance(mask, Mask):
+        return dataclasses.replace(mask, window=window)
+    T, S = mask.shape[2:]
+    distance = first_query + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
+    return mask & (jnp.abs(distance) <= window)[None, None]
 
 
 def decoding_mask(

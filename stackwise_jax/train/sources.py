@@ -14,7 +14,7 @@ from stackwise_jax.memory.placement import to_host
 from stackwise_jax.memory.precision import from_storage, to_storage
 from stackwise_jax.models import weights
 from stackwise_jax.models.adapters import merge
-from stackwise_jax.models.stack import regroup, stack_size
+from stackwise_jax.models.stack import placed, regroup, stack_size
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
 from stackwise_jax.train.folder import Snapshot, newest_snapshot
@@ -104,7 +104,7 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]
         )
     yield "embedding", "embedding", _part(opened[0], "embedding")
     for number, stack in enumerate(blocks):
-        yield "stacks", str(number), to_host(stack)
+        yield "stacks", str(number), to_host(placed(stack, config.model, sum(sizes[:number])))
     yield "head", "head", head
 
 

@@ -19,6 +19,7 @@ from stackwise_jax.memory.precision import as_master, from_storage, to_storage
 from stackwise_jax.models.adapters import attach, init_adapter
 from stackwise_jax.models.growth import grow, grow_moments
 from stackwise_jax.models.rack import init_embedding, init_head, init_rack_stack
+from stackwise_jax.models.stack import placed
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.optimizer import init_part, make_transforms
 from stackwise_jax.train.optimizer_state import in_stream
@@ -198,9 +199,11 @@ class PartSource:
 
     def _grown(self, source: tuple[Any, Any], operator: str, name: int) -> tuple[Any, Any]:
         """A new stack made from one that is live, with moments made from its moments."""
+        model = self.config.model
 
         def make(params: Params, moments: Any) -> tuple[Any, Any]:
-            return grow(params, operator, self.config.model), in_stream(grow_moments(moments, operator), name)
+            stack = placed(grow(params, operator, model), model, sum(stack_sizes(self.config)[:name]))
+            return stack, in_stream(grow_moments(moments, operator), name)
 
         return self._place.build(make, *source)
 

@@ -186,11 +186,11 @@ def run_path(
     example: Example,
     activations: Float[Array, "B T D"] | None,
     key: Key | None,
-) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-    """Runs the body of a path, from tokens or from the trunk's output.
+) -> tuple[Float[Array, "B T E"], Float[Array, ""]]:
+    """Runs the body of a path, from tokens or from the trunk's output, up to the output table.
 
     Returns:
-      What comes out of the final norm, and the summed penalty of `consistency` (0 where it is not asked for).
+      What meets the output table, and the summed penalty of `consistency` (0 where it is not asked for).
     """
     model, embedding = program.config.model, parts.get("embedding", {})
     context = program.context(signature.task, example, embedding)
@@ -250,7 +250,7 @@ def path_loss(
 
 
 def head_loss(
-    program: Program, hidden: Float[Array, "B T D"], table: Float[Array, "V D"], example: Example, z_loss: float = 0.0
+    program: Program, hidden: Float[Array, "B T E"], table: Float[Array, "V E"], example: Example, z_loss: float = 0.0
 ) -> Float[Array, ""]:
     """Summed cross-entropy, in chunks of tokens; on several devices each computes that of its own rows."""
 

@@ -40,6 +40,8 @@ from stackwise_jax.types import Batch, Vocabulary
 LIVE = Role.LIVE
 SIGNATURE = Signature(False, ((2, LIVE),), LIVE, LIVE, False, "fused", Task("clm", "causal"))
 NO_MESH = MeshConfig()
+UNLIKE = {"window": 4, "global_every": 2, "first_attention_norm": False, "embedding_norm": True, "token_types": 2}
+UNLIKE |= {"norm": "layernorm", "norm_bias": False, "ffn": "geglu_erf", "head_transform": True, "logit_bias": True}
 
 
 def with_mesh(config: RunConfig, mesh: MeshConfig, **sections: dict[str, Any]) -> RunConfig:
@@ -83,6 +85,8 @@ def gradient_differences(config: RunConfig) -> dict[str, float]:
         "2x4": difference(gradients(config, MeshConfig(2, 4)), alone),
         "2x1 chained": difference(gradients(config, MeshConfig(2, 1), chained=True), alone),
     }
+    unlike = with_mesh(config, NO_MESH, model=UNLIKE)
+    found["2x4 unlike blocks"] = difference(gradients(unlike, MeshConfig(2, 4)), gradients(unlike, NO_MESH))
 
     def first_only(self: Placement, function: Callable[..., Any], matrix: Any, *rows: Any) -> Any:
         share = jax.tree.map(lambda leaf: leaf[: leaf.shape[0] // self.n_devices], rows)

@@ -42,6 +42,16 @@ def test_bidirectional_attention_costs_the_whole_square():
     assert full - linear == 2 * (causal - linear)
 
 
+def test_a_window_costs_what_it_sees():
+    model = config_of(families.modernbert("base"), objective={"name": "mlm"}).model
+    linear, width = budget.block_forward_flops(model, 0), 12 * 64
+    seen = (8 * 4096 + 14 * 129) / 22  # eight global blocks of twenty-two
+    assert budget.block_forward_flops(model, 4096) - linear == pytest.approx(4 * seen * width)
+    assert budget.block_forward_flops(model, 64) - linear == pytest.approx(4 * 64 * width)  # the window sees all
+    causal = dataclasses.replace(model, attention="causal", global_every=None)
+    assert budget.block_forward_flops(causal, 4096) - linear == pytest.approx(4 * 65 * width)
+
+
 @pytest.mark.parametrize(
     ("fields", "matrices"),
     [

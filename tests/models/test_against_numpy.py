@@ -42,10 +42,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(family: str, **fields: Any) -> ModelConfig:
+def model_of(family: str, *, time_input: bool = False, **fields: Any) -> ModelConfig:
     objective = {"name": "mlm" if family == "bert" else "clm"}
     entries = {"model": {**SHAPE, **BLOCKS, **FAMILIES[family], **fields}, "data": {"seq_len": T}}
-    return resolve({**entries, "objective": objective}).model
+    model = resolve({**entries, "objective": objective}).model
+    return dataclasses.replace(model, time_input=time_input)  # which a config has from its objective
 
 
 def rack_of(model: ModelConfig) -> Any:

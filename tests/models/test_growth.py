@@ -22,8 +22,8 @@ from stackwise_jax.train.optimizer import init_part, make_transforms, update_par
 
 B, T = 2, 6
 SHAPE = {"vocab_size": 32, "d_model": 16, "n_heads": 2, "d_ff": 24, "init_std": 0.3}
-PRE_FIELDS = {**SHAPE, "stability": {"residual_gain": 0.7}, "time_input": True}
-PRE = resolve({"model": PRE_FIELDS, "data": {"seq_len": T}}).model
+PRE_FIELDS = {**SHAPE, "stability": {"residual_gain": 0.7}}
+PRE = dataclasses.replace(resolve({"model": PRE_FIELDS, "data": {"seq_len": T}}).model, time_input=True)
 BIASED_FIELDS = {**SHAPE, "use_bias": True, "norm": "layernorm", "ffn": "gelu"}
 BIASED = resolve({"model": BIASED_FIELDS, "data": {"seq_len": T}}).model
 TOKENS = jax.random.randint(jax.random.key(1), (B, T), 0, 32)

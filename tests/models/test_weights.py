@@ -14,6 +14,8 @@ from stackwise_jax.models import families, weights
 from stackwise_jax.models.rack import count_parameters, init_rack
 from stackwise_jax.schema import ModelConfig
 
+FAMILIES: dict[str, Callable[[str], Any]] = {name: getattr(families, name) for name in families.SIZES}
+
 
 def resolved(fields: dict[str, Any]) -> ModelConfig:
     """The way a config file takes a family over."""
@@ -25,51 +27,89 @@ def resolved(fields: dict[str, Any]) -> ModelConfig:
     return config_lib.resolve(config).model
 
 
-# Parameters by the formulas of the publications, in code that shares nothing with the package; None: only resolved.
+# Parameters by the formulas of the publications, in code that shares nothing with the package.
 def bert_parameters(blocks: int, d: int, vocabulary: int = 30522, positions: int = 512) -> int:
     block = 4 * (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d) + 4 * d
-    return (vocabulary + positions) * d + 2 * d + blocks * block
+    head = d * d + d + 2 * d + vocabulary
+    return (vocabulary + positions + 2) * d + 2 * d + blocks * block + head
+
+
+def modernbert_parameters(blocks: int, d: int, hidden: int, vocabulary: int = 50368) -> int:
+    block = 4 * d * d + 3 * d * hidden + 2 * d
+    return vocabulary * d + d + blocks * block - d + d + (d * d + d) + vocabulary
 
 
 def gpt2_parameters(blocks: int, d: int) -> int:
     return (50257 + 1024) * d + blocks * (12 * d * d + 13 * d) + 2 * d
 
 
+def llama_parameters(blocks: int, d: int, hidden: int, vocabulary: int = 32000) -> int:
+    return 2 * vocabulary * d + blocks * (4 * d * d + 3 * d * hidden + 2 * d) + d
+
+
+# Published counts. BERT: BertForPreTraining of bert-base-uncased and bert-large-uncased on the hub (110,106,428 and
+# 336,226,108), less the pooler and the head of the next sentence; small ones by formula, see the next test. ModernBERT:
+# answerdotai/ModernBERT-base and -large on the hub; Ettin's (17M, 32M, 68M, 1B) by formula. GPT-2 and LLaMA: gpt2..,
+# Llama-2.., Meta-Llama-3-8B, Llama-3.1.. and Llama-3.2.. on the hub; shapes that were never published by formula.
+# tests/reference counts all of them again with transformers.
 @pytest.mark.parametrize(
     ("family", "size", "parameters"),
     [
-        # The publications count token-type embeddings (2 d) and the pooler (d * d + d) besides.
-        (families.bert, "tiny", 4_385_920 - 2 * 128 - (128 * 128 + 128)),
-        (families.bert, "mini", bert_parameters(4, 256)),
-        (families.bert, "small", bert_parameters(4, 512)),
-        (families.bert, "medium", bert_parameters(8, 512)),
-        (families.bert, "base", 109_482_240 - 2 * 768 - (768 * 768 + 768)),
-        (families.bert, "large", 335_141_888 - 2 * 1024 - (1024 * 1024 + 1024)),
-        (families.gpt2, "nano", gpt2_parameters(3, 48)),
-        (families.gpt2, "small", 124_439_808),
-        (families.gpt2, "medium", 354_823_168),
-        (families.gpt2, "large", 774_030_080),
-        (families.gpt2, "xl", 1_557_611_200),
-        (families.llama, "tiny", 2 * 32000 * 288 + 6 * (4 * 288 * 288 + 3 * 288 * 768 + 2 * 288) + 288),
-        (families.llama, "7b", 6_738_415_616),
-        (families.llama, "8b", 8_030_261_248),
-        (families.llama, "13b", 13_015_864_320),
-        (families.llama, "70b", 68_976_648_192),
+        ("bert", "tiny", bert_parameters(2, 128)),
+        ("bert", "mini", bert_parameters(4, 256)),
+        ("bert", "small", bert_parameters(4, 512)),
+        ("bert", "medium", bert_parameters(8, 512)),
+        ("bert", "base", 110_106_428 - (768 * 768 + 768) - (2 * 768 + 2)),
+        ("bert", "large", 336_226_108 - (1024 * 1024 + 1024) - (2 * 1024 + 2)),
+        ("modernbert", "tiny", modernbert_parameters(7, 256, 384)),
+        ("modernbert", "mini", modernbert_parameters(10, 384, 576)),
+        ("modernbert", "small", modernbert_parameters(19, 512, 768)),
+        ("modernbert", "base", 149_655_232),
+        ("modernbert", "large", 395_881_664),
+        ("modernbert", "xl", modernbert_parameters(28, 1792, 3840)),
+        ("gpt2", "nano", gpt2_parameters(3, 48)),
+        ("gpt2", "small", 124_439_808),
+        ("gpt2", "medium", 354_823_168),
+        ("gpt2", "large", 774_030_080),
+        ("gpt2", "xl", 1_557_611_200),
+        ("llama", "tiny", llama_parameters(6, 288, 768)),
+        ("llama", "small", llama_parameters(12, 768, 2048)),
+        ("llama", "1b", 1_235_814_400),
+        ("llama", "3b", 3_212_749_824),
+        ("llama", "7b", 6_738_415_616),
+        ("llama", "8b", 8_030_261_248),
+        ("llama", "8b-3.1", 8_030_261_248),
+        ("llama", "13b", 13_015_864_320),
+        ("llama", "70b", 68_976_648_192),
+        ("llama", "70b-3.1", 70_553_706_496),
     ],
 )
-def test_families_have_the_published_parameters(family: Callable[[str], Any], size: str, parameters: int):
-    model = resolved(family(size))
+def test_families_have_the_published_parameters(family: str, size: str, parameters: int):
+    model = resolved(FAMILIES[family](size))
     assert count_parameters(model) == parameters
     assert model.architecture.blocks_per_stack == 1
 
 
+def test_small_sizes_have_the_parameters_that_their_papers_round():
+    """In millions, as printed; Turc et al. count the pooler."""
+    printed = {"tiny": 4.4, "mini": 11.3, "small": 29.1, "medium": 41.7, "base": 110.1}
+    for size, (_, d, _) in families.BERT_SIZES.items():
+        if size in printed:
+            with_pooler = count_parameters(resolved(families.bert(size))) + d * d + d
+            assert round(with_pooler / 1e6, 1) == printed[size]
+    for size, millions in {"tiny": 17, "mini": 32, "small": 68, "xl": 1028}.items():
+        assert abs(count_parameters(resolved(families.modernbert(size))) / 1e6 - millions) < 4
+
+
 def test_families_list_their_sizes():
     assert list(families.BERT_SIZES) == ["tiny", "mini", "small", "medium", "base", "large"]
+    assert list(families.MODERNBERT_SIZES) == ["tiny", "mini", "small", "base", "large", "xl"]
     assert list(families.GPT2_SIZES) == ["nano", "small", "medium", "large", "xl"]
-    assert list(families.LLAMA_SIZES) == ["tiny", "7b", "8b", "13b", "70b"]
+    llamas = ["tiny", "small", "1b", "3b", "7b", "8b", "8b-3.1", "13b", "70b", "70b-3.1"]
+    assert list(families.LLAMA_SIZES) == llamas
 
 
-@pytest.mark.parametrize("family", [families.bert, families.gpt2, families.llama])
+@pytest.mark.parametrize("family", FAMILIES.values())
 def test_unknown_sizes_are_refused(family: Callable[[str], Any]):
     with pytest.raises(UserError, match="must be one of: "):
         family("huge")

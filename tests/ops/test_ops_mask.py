@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_jax.ops.mask import Mask, decoding_mask
+from stackwise_jax.ops.mask import Mask, decoding_mask, within_window
 
 LENGTH = 6
 KINDS = ["causal", "bidirectional", "prefix", "block_causal", "block_diffusion"]
@@ -154,3 +154,26 @@ def test_decoding_detects_a_forgotten_first():
     slots = jnp.arange(LENGTH)[None]
     forgotten, right = decoding_mask(slots, LENGTH), decoding_mask(slots, LENGTH, jnp.array([2]))
     assert bool((forgotten != right).any())
+
+
+@settings(max_examples=40, deadline=None)
+@given(masks, st.integers(1, LENGTH))
+def test_a_window_hides_what_is_far(drawn: tuple[str, list[int], int], window: int):
+    kind, segments, prefix_length = drawn
+    half = LENGTH // 2 if kind == "block_diffusion" else LENGTH  # a place of the text lies in both halves
+    near = [[abs(t % half - s % half) <= window for s in range(LENGTH)] for t in range(LENGTH)]
+    rule = [[sees(kind, segments, prefix_length, t, s) for s in range(LENGTH)] for t in range(LENGTH)]
+    mask = within_window(as_mask(*drawn), window, 0)
+    assert isinstance(mask, Mask)
+    assert mask.has_data
+    array = mask.as_array(LENGTH)[0, 0]
+    np.testing.assert_array_equal(array, np.array(rule) & np.array(near))
+    assert bool(jnp.diagonal(array).all())
+
+
+def test_a_window_over_stored_keys_counts_from_the_queries_slots():
+    places = jnp.array([[3, 4]])
+    array = within_window(decoding_mask(places, LENGTH), 2, 3)
+    np.testing.assert_array_equal(array[0, 0].astype(int), [[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]])
+    shifted = within_window(decoding_mask(places, LENGTH), 2, 2)
+    assert not np.array_equal(array, shifted)

@@ -10,7 +10,7 @@ from formats import REFERENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise_jax import checks
+from stackwise_jax.checks import choices
 from stackwise_jax.config import resolve
 from stackwise_jax.memory.precision import from_storage, to_storage, weight_bytes
 from stackwise_jax.models.block import Block
@@ -44,8 +44,8 @@ def misses(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def test_formats_are_those_of_the_config():
-    assert quant.FORMATS == checks.QUANTISED == tuple(REFERENCES)
-    assert {*MEASURED, "fp32"} == {*checks.TRUNK_PRECISIONS}
+    assert quant.FORMATS == choices.QUANTISED == tuple(REFERENCES)
+    assert {*MEASURED, "fp32"} == {*choices.TRUNK_PRECISIONS}
 
 
 @pytest.mark.parametrize("kind", quant.FORMATS)

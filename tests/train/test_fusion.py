@@ -109,6 +109,23 @@ def test_blocks_are_cut_into_stacks_of_another_size(source: str, runs: dict[str,
     assert any(isinstance(leaf, Quantised) for leaf in leaves) == (source == "masked")
 
 
+def test_blocks_become_what_their_new_place_says(tiny: Any, tiny_corpus: Corpus, tmp_path: Path) -> None:
+    """Which blocks have a window, and which is the first, is of the assembled rack; all other numbers are the run's."""
+    unlike = {"window": 4, "global_every": 2, "first_attention_norm": False, "embedding_norm": True}
+    fields = {f"model__{name}": value for name, value in unlike.items()}
+    finished(tiny(**SHORT, **fields), tiny_corpus, tmp_path / "run")
+    source = str(tmp_path / "run")
+    rack = assembled(fused_config([f"{source}:1", source], "all", "", [], name="fused"), tiny_corpus)
+    own = stored(tmp_path / "run").stacks
+    moved = [own[1], own[0], own[1]]
+    for fact, here, there in (("is_local", [0, 1, 0], [1, 0, 1]), ("is_first", [1, 0, 0], [0, 1, 0])):
+        assert [float(stack[fact][0]) for stack in rack["stacks"]] == here
+        assert [float(stack[fact][0]) for stack in moved] == there  # the twin: what a copy would have said
+    facts = ("is_local", "is_first")
+    for stack, source_stack in zip(rack["stacks"], moved, strict=True):
+        assert_same(*({k: v for k, v in tree.items() if k not in facts} for tree in (stack, source_stack)))
+
+
 def test_a_rack_that_is_only_assembled_is_a_finished_run(
     runs: dict[str, Path], tiny_corpus: Corpus, tmp_path: Path
 ) -> None:

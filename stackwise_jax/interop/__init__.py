@@ -1,0 +1,1 @@
+"""Weights, configs and tokenizers of other libraries, in and out."""
