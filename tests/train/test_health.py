@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stackwise_jax.errors import UserError
-from stackwise_jax.train import checkpoint, loop
+from stackwise_jax.train import branches, checkpoint, loop
 from stackwise_jax.train.folder import newest_snapshot
 
 
@@ -24,7 +24,7 @@ def config(tiny: Any) -> Any:
 
 def spoil_step(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Any, Any], tuple[Any, Any]]) -> None:
     """Has the result of update number `at`, counted from 1, go through `spoil`."""
-    make = loop.MAKE_STEP["fused"]
+    make = branches.MAKE_STEP["fused"]
 
     def make_spoiled(*args: Any) -> Any:
         step_function = make(*args)
@@ -35,7 +35,7 @@ def spoil_step(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Any, A
 
         return step
 
-    monkeypatch.setitem(loop.MAKE_STEP, "fused", make_spoiled)
+    monkeypatch.setitem(branches.MAKE_STEP, "fused", make_spoiled)
 
 
 def metric(name: str, value: float) -> Callable[[Any, Any], tuple[Any, Any]]:

@@ -177,7 +177,7 @@ def few_updates(config: RunConfig, *, cut: int | None = None, loses: str = "") -
     transforms = make_transforms(config, scales_head=False)
     params: Any = {"stacks": [as_master(KERNELS, config.precision.weights)] * 2}
     states: Any = {"stacks": init_part(transforms, "stacks", params["stacks"])}
-    step = jax.jit(lambda grads, states, params: update_parts(transforms, grads, states, params, ONE))
+    step = jax.jit(lambda grads, states, params: update_parts(transforms, grads, states, params, jnp.ones(2)))
     for index in range(4):
         if index == cut:
             params, states = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), (params, states))
