@@ -244,7 +244,7 @@ def _all_live(config: RunConfig) -> list[Phase]:
     training = config.training
     total = _steps(config, training.phase_budget, "phase_budget")
     stages = growing.stages(config, len(stack_sizes(config)))
-    ends = [round(total * share) for share in growing.cumulative_shares(config, len(stages))]
+    ends = growing.stage_ends(config, len(stages), total)
     phases = []
     for number, stage in enumerate(stages):
         start = ends[number - 1] if number else 0
@@ -252,7 +252,7 @@ def _all_live(config: RunConfig) -> list[Phase]:
         phase = Phase(
             name=f"grown_to_{len(stage.stacks):04d}",
             branches=_branches(config, path, embedding=LIVE, head=LIVE),
-            steps=max(1, ends[number] - start),
+            steps=ends[number] - start,
             grows=stage.grows,
             operator=training.growth.operator,
             schedule=(start, total),

@@ -47,17 +47,26 @@ def stages(config: RunConfig, n_stacks: int) -> tuple[Stage, ...]:
     return tuple(result)
 
 
-def cumulative_shares(config: RunConfig, n_stages: int) -> list[float]:
-    """What part of the budget is behind the rack at the end of every stage.
+def stage_ends(config: RunConfig, n_stages: int, total: int) -> list[int]:
+    """How many of `total` updates are behind the rack at the end of every stage, each of which has one at least.
 
     Raises:
-      UserError: shares that are not as many positive numbers as there are stages.
+      UserError: shares that are not as many positive numbers as there are stages, or fewer updates than stages.
     """
+    if total < n_stages:
+        raise UserError(
+            f"training.phase_budget={config.training.phase_budget!r} is {total} update(s) for {n_stages} racks on the "
+            "way; give each one at least"
+        )
     growth = config.training.growth
     shares = phase_shares(growth.shares, n_stages, "training.growth.shares")
     if not growth.shares and growth.sizes == "late" and n_stages == 2:
         shares = LATE_SHARES
-    return list(itertools.accumulate(shares))
+    ends: list[int] = []
+    for number, share in enumerate(itertools.accumulate(shares), start=1):
+        earliest, latest = (ends[-1] if ends else 0) + 1, total - (n_stages - number)
+        ends.append(min(max(round(total * share), earliest), latest))
+    return ends
 
 
 def phase_shares(text: str, n_phases: int, field: str) -> tuple[float, ...]:

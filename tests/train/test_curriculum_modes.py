@@ -81,7 +81,7 @@ def curricula(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     kind = draw(st.sampled_from(["appends", "prepends", "adapts", "all_live", "depth", "independent", "whole"]))
     n_stacks = draw(st.integers(2, 6))
     fields: dict[str, Any] = {
-        "training.phase_budget": f"{draw(st.integers(1, 30))} steps",
+        "training.phase_budget": f"{draw(st.integers(8, 30))} steps",
         "training.embedding_phase": draw(st.sampled_from(["alone", "with_first_stack"])),
         "training.head": draw(st.sampled_from(["live", "frozen"])),
         "training.progressive.cache_activations": draw(st.sampled_from([None, False])),

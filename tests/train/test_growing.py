@@ -3,10 +3,12 @@
 import itertools
 from typing import Any
 
+import pytest
 from curricula import config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stackwise_jax.errors import UserError
 from stackwise_jax.train import growing
 from stackwise_jax.train.curriculum import make_curriculum
 
@@ -75,7 +77,14 @@ def test_all_live_racks_share_one_budget_and_one_schedule(n_stacks: int, total: 
     for number, phase in enumerate(phases):
         assert phase.schedule is not None
         wanted = total * sum(shares[:number]) / sum(shares)
-        assert abs(phase.schedule[0] - wanted) <= 0.5
-        assert abs(phase.steps - total * shares[number] / sum(shares)) <= 1.0
-    if min(shares) * total / sum(shares) >= 1.0:
-        assert sum(phase.steps for phase in phases) == total
+        assert phase.schedule[0] == sum(earlier.steps for earlier in phases[:number])
+        if min(shares) * total / sum(shares) >= 1.0:  # else a stage is given an update that its share does not come to
+            assert abs(phase.schedule[0] - wanted) <= 1.0
+    assert min(phase.steps for phase in phases) >= 1
+    assert sum(phase.steps for phase in phases) == total
+
+
+def test_a_rack_on_the_way_without_an_update_is_refused():
+    fields = {"training.mode": "progressive", "training.progressive.trunk_strategy": "full"}
+    with pytest.raises(UserError, match=r"training.phase_budget='3 steps' is 3 update\(s\) for 4 racks"):
+        make_curriculum(config_of({**fields, "training.phase_budget": "3 steps"}, 4))
