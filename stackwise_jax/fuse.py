@@ -63,13 +63,14 @@ def fused_config(sources: list[str], live: str, budget: str, overrides: list[str
       UserError: a source that is no finished run, a field that does not exist, or values that do not fit together.
     """
     from stackwise_jax.train.phases import stack_sizes
-    from stackwise_jax.train.sources import open_source, parse_sources
+    from stackwise_jax.train.sources import chosen_stacks, open_source, parse_sources
 
     parsed = parse_sources("; ".join(sources))
     first = open_source(parsed[0][0]).config
     n_blocks = 0
     for folder, begin, end in parsed:
-        n_blocks += sum(stack_sizes(open_source(folder).config)[begin : None if end is None else end + 1])
+        sizes = stack_sizes(open_source(folder).config)
+        n_blocks += sum(sizes[stack] for stack in chosen_stacks(folder, len(sizes), begin, end))
     size = stack_sizes(first)[0] if n_blocks % stack_sizes(first)[0] == 0 else 1
     entries = config_lib.default()
     entries.update(dataclasses.asdict(config_lib.without_growth(first)))

@@ -50,6 +50,18 @@ def parse_sources(text: str) -> list[tuple[Path, int, int | None]]:
     return result
 
 
+def chosen_stacks(folder: Path, n_stacks: int, first: int, last: int | None) -> range:
+    """The stacks of a source of `n_stacks` that are taken; `last` None: to the end.
+
+    Raises:
+      UserError: it does not have them.
+    """
+    end = n_stacks - 1 if last is None else last
+    if not first <= end < n_stacks:
+        raise UserError(f"training.fusion.sources: {folder} has stacks 0 to {n_stacks - 1}, not {first} to {end}")
+    return range(first, end + 1)
+
+
 def open_source(folder: Path) -> Snapshot:
     """The end of a finished run.
 
@@ -79,12 +91,7 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]
     for folder, first, last in parse_sources(config.training.fusion.sources):
         snapshot = open_source(folder)
         _require_fitting(folder, snapshot, config, tokenizer)
-        found = sorted(snapshot.frozen.stacks)
-        chosen = found[first : None if last is None else last + 1]
-        if not chosen or (last is not None and last >= len(found)):
-            raise UserError(
-                f"training.fusion.sources: {folder} has stacks 0 to {len(found) - 1}, not {first} to {last}"
-            )
+        chosen = chosen_stacks(folder, len(snapshot.frozen.stacks), first, last)
         blocks += [_stored(snapshot, stack, config.precision.trunk) for stack in chosen]
         opened.append(snapshot)
         say(f"{folder}: stacks {chosen[0]} to {chosen[-1]}")
