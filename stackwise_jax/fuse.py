@@ -66,10 +66,10 @@ def fused_config(sources: list[str], live: str, budget: str, overrides: list[str
     from stackwise_jax.train.sources import chosen_stacks, open_source, parse_sources
 
     parsed = parse_sources("; ".join(sources))
-    first = open_source(parsed[0][0]).config
-    n_blocks = 0
-    for folder, begin, end in parsed:
-        sizes = stack_sizes(open_source(folder).config)
+    configs = [open_source(folder).config for folder, _, _ in parsed]
+    first, n_blocks = configs[0], 0
+    for (folder, begin, end), config in zip(parsed, configs, strict=True):
+        sizes = stack_sizes(config)
         n_blocks += sum(sizes[stack] for stack in chosen_stacks(folder, len(sizes), begin, end))
     size = stack_sizes(first)[0] if n_blocks % stack_sizes(first)[0] == 0 else 1
     entries = config_lib.default()

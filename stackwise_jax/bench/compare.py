@@ -74,9 +74,10 @@ def main(options: Any) -> None:
     def run(name: str) -> tuple[str, dict[str, Any]]:
         print(f"{name} ...", flush=True)
         slot = slots.get()
-        row = run_row(configs[name], workdir / name, timeout_seconds=60 * options.minutes, device=slot)
-        slots.put(slot)
-        return name, row
+        try:
+            return name, run_row(configs[name], workdir / name, timeout_seconds=60 * options.minutes, device=slot)
+        finally:
+            slots.put(slot)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in as_completed([pool.submit(run, name) for name in configs]):

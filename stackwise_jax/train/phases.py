@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from stackwise_jax.checks.training import adapter_ranks
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.schema import RunConfig
 
@@ -243,8 +244,6 @@ def uncachable(branch: Branch) -> str | None:
 
 def signature(phase: Phase, branch: Branch, phases: tuple[Phase, ...], config: RunConfig) -> Signature:
     """The signature of a branch of a phase of a curriculum."""
-    from stackwise_jax.checks.training import adapter_ranks
-
     sizes = stack_sizes(config)
     untied_before = any(earlier.unties_head for earlier in phases[: phases.index(phase)])
     ranks = adapter_ranks(config.training.adapters, len(sizes)) if branch.adapter_stacks else ()
