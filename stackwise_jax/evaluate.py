@@ -41,7 +41,7 @@ from stackwise_jax.objectives.objective import tasks
 from stackwise_jax.objectives.places import eligible_places
 from stackwise_jax.ops.loss import token_losses
 from stackwise_jax.schema import DataConfig, RunConfig
-from stackwise_jax.train.step import make_program
+from stackwise_jax.train.program import make_program
 from stackwise_jax.train.trained import Trained, load_trained
 from stackwise_jax.types import Batch, Params, Vocabulary
 

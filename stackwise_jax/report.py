@@ -27,7 +27,7 @@ from stackwise_jax.schema import ArchitectureConfig, RunConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.folder import refuse_foreign
 from stackwise_jax.train.plan import make_plan
-from stackwise_jax.train.step import make_program
+from stackwise_jax.train.program import make_program
 from stackwise_jax.train.trained import read_tap
 
 CONTROL_FOLDER = "control_one_block"

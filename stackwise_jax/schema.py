@@ -193,6 +193,7 @@ class TrainingConfig:
     execution: str = "auto"  # auto | fused | chained
     unroll_blocks: int = 16  # blocks of a live stack compiled one after another; a larger stack is a loop over them
     loss_chunk_tokens: int = 2048  # tokens whose logits exist at once
+    loss_fraction: float = 1.0  # 1 / n: each update trains on the loss of one place in n; evaluations take all places
     progressive: ProgressiveConfig = ProgressiveConfig()
     growth: GrowthConfig = GrowthConfig()
     fusion: FusionConfig = FusionConfig()
@@ -226,6 +227,7 @@ class PrecisionConfig:
     optimizer: str = "fp32"  # moments of matrices: fp32 | bf16 | int8 (blocks of 256), both rounded stochastically
     compute: str = "fp32"  # matmul inputs: fp32 | bf16 | fp16 (with dynamic loss scaling)
     trunk: str = "fp32"  # storage of a stack once frozen: fp32 | bf16 | fp16 | fp8 | nvfp4 | nf4
+    trunk_compute: str | None = None  # matmuls of frozen stacks in training: as compute (None), or fp8
     cache: str = "fp32"  # storage of cached activations: fp32 | bf16 | fp8 (E4M3, a scale per token)
 
 
@@ -262,6 +264,7 @@ class CheckpointConfig:
     """Snapshots of the live state; every phase boundary is one besides."""
 
     every_minutes: float = 10.0  # between snapshots
+    host_gib: float = 8.0  # of frozen stacks that stay in host memory; older ones are read from the run folder again
     every_steps: int | None = None  # also every so many steps of a phase
     keep: int = 2  # snapshots kept
 

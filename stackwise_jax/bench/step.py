@@ -9,8 +9,6 @@ python -m stackwise_jax.bench step --family=gpt2 --seq_len=1024 --variants=all
 
 import dataclasses
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,13 @@ from absl import flags
 
 from stackwise_jax import config as config_lib
 from stackwise_jax.bench import torch_step
+from stackwise_jax.bench.live_step import MATMUL, WARMUP_STEPS, compile_step, matmul_flops, program_bytes
 from stackwise_jax.checks.choices import PRECISIONS
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.overrides import apply_overrides
 from stackwise_jax.schema import RunConfig
 
-WARMUP_STEPS = 5
 TORCH_SECONDS = 300  # until the process that measures PyTorch is given up
-MATMUL_WIDTH = 8192
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},  # the defaults: RMSNorm, SwiGLU, rotary positions, no biases, an untied head
@@ -111,7 +108,7 @@ def main(options: Any) -> None:
     from stackwise_jax.train.plan import make_plan
 
     plan = make_plan(config, None)
-    table = Table(plan.tokens_per_step, plan.step_flops[0], peak_flops(None), matmul_flops())
+    table = Table(plan.tokens_per_step, plan.step_flops[0], peak_flops(None), matmul_flops("bf16"))
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {options.family}, {config.model.n_blocks} blocks of "
         f"width {config.model.d_model}, vocabulary {config.model.vocab_size}, {count_parameters(config.model):,} "
@@ -119,7 +116,7 @@ def main(options: Any) -> None:
         f"{plan.step_flops[0] / 1e12:.4g} TFLOP a step"
     )
     if table.matmul:
-        print(f"a bf16 matmul of {MATMUL_WIDTH} cubed: {table.matmul / 1e12:.0f} TFLOP/s")
+        print(f"a bf16 matmul of {MATMUL}: {table.matmul / 1e12:.0f} TFLOP/s")
     print(table.header(), flush=True)
     for row in rows:
         print(table.line(row), flush=True)
@@ -132,7 +129,7 @@ def main(options: Any) -> None:
         if row.name.startswith("transformers") and row.step_seconds and table.ours:
             print(f"stackwise_jax over {row.name}: {row.step_seconds / table.ours:.3f} times the tokens a second")
     if options.profile:
-        print(profile(config), flush=True)
+        print(compile_step(config).profile(), flush=True)
     if options.json:
         write_json(Path(options.json), table, config, rows)
 
@@ -173,146 +170,19 @@ def make_config(options: Any, changes: list[str]) -> RunConfig:
     return config_lib.resolve(entries)
 
 
-@dataclasses.dataclass
-class CompiledStep:
-    """A compiled train step with everything that it is called with."""
-
-    compiled: Any
-    state: Any
-    batch: Any
-    fractions: Any
-    compile_seconds: float
-    index: int = 0
-
-    def run(self) -> Any:
-        """One update; returns its metrics, still on their way."""
-        import numpy as np
-
-        arguments = ({"frozen_stacks": []}, self.batch, None, self.fractions, np.int32(self.index))
-        self.state, metrics = self.compiled(self.state, *arguments)
-        self.index += 1
-        return metrics
-
-
-def compile_step(config: RunConfig) -> CompiledStep:
-    """Compiles the train step of a config for random tokens.
-
-    Raises:
-      UserError: an implementation that is named cannot serve.
-      jax.errors.JaxRuntimeError: out of memory.
-    """
-    import jax
-    import numpy as np
-
-    from stackwise_jax.train.branches import update_order
-    from stackwise_jax.train.curriculum import make_curriculum
-    from stackwise_jax.train.phases import signature
-    from stackwise_jax.train.scaling import init_scaling
-    from stackwise_jax.train.state import Frozen, PartSource, joined, part_names
-    from stackwise_jax.train.step import Program, make_train_step
-    from stackwise_jax.types import Vocabulary
-
-    vocabulary = Vocabulary(config.model.vocab_size, mask_id=0, special_ids=())
-    program = Program(config, vocabulary, config.training.batch_size)
-    phases = make_curriculum(config)
-    phase = phases[0]
-    sig = signature(phase, phase.main, phases, config)
-    source = PartSource(config, program.key)
-    parts = source.begin(phase, {}, Frozen(), head_has_table=sig.head_has_table)
-    state = joined(parts, part_names(phase), init_scaling(config))
-    fractions = np.ones(len(update_order(phase.main)), np.float32)
-    batch = jax.device_put(random_batch(config))
-    started = time.perf_counter()
-    train_step: Any = make_train_step(program, sig)
-    lowered = train_step.lower(state, {"frozen_stacks": []}, batch, None, fractions, np.int32(0))
-    return CompiledStep(lowered.compile(), state, batch, fractions, time.perf_counter() - started)
-
-
 def measure(name: str, config: RunConfig, steps: int) -> Row:
-    """Compiles and times the train step of a config on random tokens.
-
-    Every step is issued before the one ahead of it is waited for, as the loop does, so that the device never idles.
-    """
+    """Compiles and times the train step of a config on random tokens."""
     import jax
     import numpy as np
 
     try:
         step = compile_step(config)
-        pending: Any = None
-        ends = []
-        for _ in range(WARMUP_STEPS + steps + 1):
-            metrics = step.run()
-            if pending is not None:
-                jax.block_until_ready(pending)
-                ends.append(time.perf_counter())
-            pending = metrics
-        loss = float(pending["loss"])
-        ends.append(time.perf_counter())
+        median, loss = step.time(steps)
     except (UserError, jax.errors.JaxRuntimeError) as error:  # out of memory, or a kernel that cannot serve
         return Row(name, failed=str(error).splitlines()[0])
     if not np.isfinite(loss):
-        return Row(name, failed=f"loss={loss} after {len(ends)} steps")
-    median = statistics.median(np.diff(ends)[WARMUP_STEPS:].tolist())
+        return Row(name, failed=f"loss={loss} after {WARMUP_STEPS + steps} steps")
     return Row(name, median, step.compile_seconds, program_bytes(step.compiled))
-
-
-def profile(config: RunConfig) -> str:
-    """The kernels of the train step of a config, as text."""
-    import jax
-
-    from stackwise_jax.bench import kernels
-
-    step = compile_step(config)
-    for _ in range(WARMUP_STEPS):
-        jax.block_until_ready(step.run())
-    return kernels.as_text(kernels.trace_kernels(step.run, step.compiled.as_text()))
-
-
-def random_batch(config: RunConfig) -> Any:
-    """Rows of random tokens: one document each, or about four where documents are kept apart."""
-    import numpy as np
-
-    from stackwise_jax.types import Batch
-
-    B, T = config.training.batch_size, config.data.seq_len
-    draw = np.random.default_rng(0)
-    starts = draw.random((B, T)) < (4 / T if config.data.isolate_documents else 0.0)
-    starts[:, 0] = True
-    places = np.arange(T)[None, :]
-    first = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
-    return Batch(
-        tokens=draw.integers(config.model.vocab_size, size=(B, T), dtype=np.int32),
-        segments=np.cumsum(starts, axis=1, dtype=np.int32),
-        positions=(places - first).astype(np.int32),
-        row_ids=np.arange(B, dtype=np.int32),
-        visits=np.zeros(B, np.int32),
-    )
-
-
-def program_bytes(compiled: Any) -> int | None:
-    """Device memory of a compiled step: its arguments, its results and what it needs in between."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-
-
-def matmul_flops(repeats: int = 20) -> float | None:
-    """FLOP/s of a large bf16 matmul on this device: a peak that can be reached; None on a CPU."""
-    import jax
-    import jax.numpy as jnp
-
-    if jax.default_backend() == "cpu":
-        return None
-    x = jax.random.normal(jax.random.key(0), (MATMUL_WIDTH, MATMUL_WIDTH), jnp.bfloat16)
-    multiply = jax.jit(lambda a, b: (a @ b) * (MATMUL_WIDTH**-0.5))
-    y = jax.block_until_ready(multiply(x, x))
-    started = time.perf_counter()
-    for _ in range(repeats):
-        y = multiply(y, x)
-    jax.block_until_ready(y)
-    return 2.0 * MATMUL_WIDTH**3 * repeats / (time.perf_counter() - started)
 
 
 def torch_rows(config: RunConfig, options: Any) -> list[Row]:

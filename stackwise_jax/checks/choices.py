@@ -39,7 +39,7 @@ def one_of(field: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def check_choices(config: RunConfig) -> None:
     """Every field that has a list of choices holds one of them."""
     model, training = config.model, config.training
-    choices: dict[str, tuple[Any, tuple[str, ...]]] = {
+    choices: dict[str, tuple[Any, tuple[str | None, ...]]] = {
         "model.norm": (model.norm, ("rmsnorm", "layernorm")),
         "model.norm_position": (model.norm_position, ("pre", "post")),
         "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu", "geglu_erf", "gelu_erf")),
@@ -70,6 +70,7 @@ def check_choices(config: RunConfig) -> None:
         "precision.optimizer": (config.precision.optimizer, (*PRECISIONS, "int8")),
         "precision.compute": (config.precision.compute, COMPUTE_PRECISIONS),
         "precision.trunk": (config.precision.trunk, TRUNK_PRECISIONS),
+        "precision.trunk_compute": (config.precision.trunk_compute, (None, "fp8")),
         "precision.cache": (config.precision.cache, CACHE_PRECISIONS),
         "generation.sampler": (config.generation.sampler, ("auto", *SAMPLERS)),
         "generation.order": (config.generation.order, REVEAL_ORDERS),

@@ -25,7 +25,7 @@ _AT_LEAST: dict[str, float] = {
     "optimizer.epsilon": 0, "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
     "cache.chunk_bytes": 1, "cache.window_gib": 0, "cache.window_visits": 1,
-    "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
+    "checkpoint.host_gib": 0, "checkpoint.every_minutes": 0, "checkpoint.every_steps": 1,
     "checkpoint.keep": 1, "evaluation.rows": 1, "evaluation.every_steps": 1, "generation.samples": 0,
     "generation.tokens": 1, "generation.temperature": 0, "generation.top_k": 0, "generation.steps": 1,
     "generation.block_length": 1, "logging.every_steps": 1,

@@ -22,6 +22,13 @@ def check_training(config: RunConfig) -> None:
         f"training.batch_size={training.batch_size} must be a multiple of "
         f"training.accumulation_steps={training.accumulation_steps}",
     )
+    share = training.loss_fraction
+    stride = round(1.0 / share) if 0.0 < share <= 1.0 else 0
+    require(
+        stride > 0 and abs(stride * share - 1.0) < 1e-6 and config.data.seq_len % stride == 0,
+        f"training.loss_fraction={share} must be 1 / n, n a whole number that divides data.seq_len="
+        f"{config.data.seq_len}, for example 1.0, 0.5 or 0.25",
+    )
     require(
         training.head != "copy" or (model.ties_embedding and training.mode in GROWING_MODES),
         "training.head='copy' unties a tied table when the embedding freezes: it needs model.ties_embedding=True "

@@ -51,6 +51,15 @@ def from_storage(params: Params, dtype: DTypeLike) -> Params:
     )
 
 
+def decoded(params: Params, dtype: DTypeLike) -> Params:
+    """A stored stack with its quantised matrices decoded, to be multiplied in `dtype`; all else as it is."""
+    return jax.tree.map(
+        lambda leaf: _decode(leaf, dtype=dtype) if isinstance(leaf, Quantised) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Quantised),
+    )
+
+
 _decode = jax.jit(quant.decode, static_argnames="dtype")
 
 

@@ -41,17 +41,24 @@ def _forward(rows: Float[Array, "M D"], weight: Float[Array, "D F"]) -> tuple[Ar
     """
     codes, scale = to_fp8(rows, E4M3)
     weight_codes, weight_scale = to_fp8(weight, E4M3)
-    product = _product(codes, weight_codes, (1, 0), scale * weight_scale)
-    return product.astype(rows.dtype), (_bytes(codes), scale, _bytes(weight_codes), weight_scale)
+    product = _product(codes, weight_codes, (1, 0), scale * weight_scale, rows.dtype)
+    return product, (_bytes(codes), scale, _bytes(weight_codes), weight_scale)
 
 
 def _backward(kept: _Residuals, gradient: Float[Array, "M F"]) -> tuple[Array, Array]:
     code_bytes, scale, weight_bytes, weight_scale = kept
     codes, weight_codes = (jax.lax.bitcast_convert_type(kept_bytes, E4M3) for kept_bytes in (code_bytes, weight_bytes))
     gradient_codes, gradient_scale = to_fp8(gradient, E5M2)
-    of_rows = _product(gradient_codes, weight_codes, (1, 1), gradient_scale * weight_scale)
-    of_weight = _product(codes, gradient_codes, (0, 0), scale * gradient_scale)
-    return of_rows.astype(gradient.dtype), of_weight.astype(gradient.dtype)
+    of_rows = _product(gradient_codes, weight_codes, (1, 1), gradient_scale * weight_scale, gradient.dtype)
+    of_weight = _product(codes, gradient_codes, (0, 0), scale * gradient_scale, gradient.dtype)
+    return of_rows, of_weight
+
+
+def fp8_gradient_of_rows(gradient: Float[Array, "M F"], weight: Float[Array, "D F"]) -> Float[Array, "M D"]:
+    """What `fp8_matmul` passes back to its rows, where no gradient of the weight is wanted."""
+    gradient_codes, gradient_scale = to_fp8(gradient, E5M2)
+    weight_codes, weight_scale = to_fp8(weight, E4M3)
+    return _product(gradient_codes, weight_codes, (1, 1), gradient_scale * weight_scale, gradient.dtype)
 
 
 def _bytes(codes: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
@@ -59,11 +66,21 @@ def _bytes(codes: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
 
 
 def _product(
-    left: Float[Array, "a b"], right: Float[Array, "c d"], axes: tuple[int, int], scale: Float[Array, ""]
+    left: Float[Array, "a b"],
+    right: Float[Array, "c d"],
+    axes: tuple[int, int],
+    scale: Float[Array, ""],
+    dtype: DTypeLike,
 ) -> Float[Array, "m n"]:
-    """Contracts one axis of each, summing in float32, then applies both scales at once."""
+    """Contracts one axis of each, summing in float32, then applies both scales at once; the result is in `dtype`.
+
+    The sums of codes reach 448 * 448 times the axis, which bfloat16 holds: it leaves the matrix units in that dtype,
+    in half the bytes, and is scaled by what reads it. For the narrow range of float16 it stays float32 until scaled.
+    """
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32) * scale
+    accumulated = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    product = jax.lax.dot_general(left, right, dimensions, preferred_element_type=accumulated)
+    return (product.astype(jnp.float32) * scale).astype(dtype)
 
 
 fp8_matmul.defvjp(_forward, _backward)

@@ -3,12 +3,14 @@
 Every linear map of every model goes through `matmul`, so that how a weight is stored is decided here and nowhere else.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from stackwise_jax.ops.fp8 import fp8_matmul
+from stackwise_jax.ops.fp8 import fp8_gradient_of_rows, fp8_matmul
 from stackwise_jax.ops.lowrank import LowRank, settled
 from stackwise_jax.ops.quant import decode
 from stackwise_jax.types import Quantised
@@ -24,7 +26,7 @@ def matmul(
     """Multiplies in `dtype` (both operands are cast to it); the accelerator accumulates in float32.
 
     A quantised weight is decoded in front of the matmul: gradient passes through it to `x` and none to it. With
-    `in_fp8` the operands of an array, once in `dtype`, go on to fp8 (`ops/fp8.py`).
+    `in_fp8` the operands, once in `dtype`, go on to fp8 (`ops/fp8.py`).
 
     Leading axes are folded into one: with two contracted axes XLA's gradient of the weight is twice as slow on a CPU.
     A `LowRank` weight multiplies as its base and, beside it, through its rank, which is too narrow to gain from fp8.
@@ -34,7 +36,7 @@ def matmul(
         return matmul(x, settled(weight.base), dtype=dtype, in_fp8=in_fp8) + weight.scale * beside
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
-        product = _through_quantised(rows, weight)
+        product = _through_quantised(rows, weight, in_fp8)
     elif in_fp8:
         product = fp8_matmul(rows, weight.astype(dtype))
     else:
@@ -42,18 +44,20 @@ def matmul(
     return product.reshape(*x.shape[:-1], weight.shape[-1])
 
 
-@jax.custom_vjp
-def _through_quantised(rows: Float[Array, "M D"], weight: Quantised) -> Float[Array, "M F"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _through_quantised(rows: Float[Array, "M D"], weight: Quantised, in_fp8: bool) -> Float[Array, "M F"]:
     """rows @ weight. The backward pass decodes again instead of keeping every decoded matrix of a stack."""
-    return jnp.matmul(rows, decode(weight, rows.dtype))
+    decoded = decode(weight, rows.dtype)
+    return fp8_matmul(rows, decoded) if in_fp8 else jnp.matmul(rows, decoded)
 
 
-def _forward(rows: Float[Array, "M D"], weight: Quantised) -> tuple[Array, Quantised]:
-    return _through_quantised(rows, weight), weight
+def _forward(rows: Float[Array, "M D"], weight: Quantised, in_fp8: bool) -> tuple[Array, Quantised]:
+    return _through_quantised(rows, weight, in_fp8), weight
 
 
-def _backward(weight: Quantised, gradient: Float[Array, "M F"]) -> tuple[Array, None]:
-    return jnp.matmul(gradient, decode(weight, gradient.dtype).T), None
+def _backward(in_fp8: bool, weight: Quantised, gradient: Float[Array, "M F"]) -> tuple[Array, None]:
+    decoded = decode(weight, gradient.dtype)
+    return fp8_gradient_of_rows(gradient, decoded) if in_fp8 else jnp.matmul(gradient, decoded.T), None
 
 
 _through_quantised.defvjp(_forward, _backward)

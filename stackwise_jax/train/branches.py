@@ -10,8 +10,9 @@ from jaxtyping import Array
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.train.chained import make_chained_step
 from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature
+from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import Frozen, TrainState, joined, part_names, split
-from stackwise_jax.train.step import Program, make_evaluation, make_train_step
+from stackwise_jax.train.step import make_evaluation, make_train_step
 from stackwise_jax.train.trunk import TrunkInputs, timing_of
 from stackwise_jax.types import Batch, Params
 

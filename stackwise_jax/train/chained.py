@@ -18,9 +18,10 @@ from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import apply_head_norm, output_table
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.phases import Role, Signature
+from stackwise_jax.train.program import Program
 from stackwise_jax.train.scaling import keep_where, loss_scale, next_scaling, scaling_metrics
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.train.step import Program, StepFunction, body_parts, consistency, head_loss, join_parts
+from stackwise_jax.train.step import StepFunction, body_parts, consistency, head_loss, join_parts
 from stackwise_jax.types import AnyArray, Batch, Example, Key, Params
 
 
@@ -47,6 +48,7 @@ class ChainedGradients:
         batch: Batch,
         activations: Array | None,
         key: Key | None,
+        offset: Array | None = None,
         scale: Array | None = None,
     ) -> tuple[Params, Array, Array]:
         pieces, place = self.program.config.training.accumulation_steps, self.program.placement
@@ -59,7 +61,7 @@ class ChainedGradients:
             if pieces > 1:
                 batch_piece, activation_piece = place.to_rows((batch_piece, activation_piece))
             own_key = key if key is None or pieces == 1 else jax.random.fold_in(key, index)
-            piece = self._one_piece(live, frozen, batch_piece, activation_piece, own_key, scale)
+            piece = self._one_piece(live, frozen, batch_piece, activation_piece, own_key, offset, scale)
             if pieces > 1:
                 piece = self._widen(piece)
             total = piece if total is None else self._add(total, piece)
@@ -72,6 +74,7 @@ class ChainedGradients:
         batch: Batch,
         activations: Array | None,
         key: Key | None,
+        offset: Array | None,
         scale: Array | None,
     ) -> tuple[Params, Array, Array]:
         roles = [role for _, role in self.signature.body]
@@ -88,7 +91,7 @@ class ChainedGradients:
 
         near_head = {name: live[name] for name in ("embedding", "head") if name in live}
         settled = {name: frozen[name] for name in ("embedding", "head") if name in frozen}
-        loss, (grads, pull) = self._head(near_head, settled, boundaries.pop(), example, scale)
+        loss, (grads, pull) = self._head(near_head, settled, boundaries.pop(), example, offset, scale)
         own_grads: dict[Role, list[Params]] = {Role.LIVE: [], Role.ADAPTER: [], Role.FROZEN: []}
         penalised = example.revealed is not None
         for role, own, stack_key in reversed(stacks):
@@ -131,22 +134,22 @@ class ChainedGradients:
         return place.as_weights(grads), place.as_rows(pull)
 
     def _pull_head(
-        self, live: Params, frozen: Params, x: Array, example: Example, scale: Array | None
+        self, live: Params, frozen: Params, x: Array, example: Example, offset: Array | None, scale: Array | None
     ) -> tuple[Float[Array, ""], tuple[Params, Array]]:
         place = self.program.placement
         grad = jax.value_and_grad(self._apply_head, argnums=(0, 2), has_aux=True)
-        (_, loss), (grads, pull) = grad(live, frozen, x, example, scale)
+        (_, loss), (grads, pull) = grad(live, frozen, x, example, offset, scale)
         return loss, (place.as_weights(grads), place.as_rows(pull))
 
     def _apply_head(
-        self, live: Params, frozen: Params, x: Array, example: Example, scale: Array | None
+        self, live: Params, frozen: Params, x: Array, example: Example, offset: Array | None, scale: Array | None
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(the loss that is differentiated, the loss)."""
         parts = {**frozen, **live}
         time = self.program.context(self.signature.task, example, parts.get("embedding", {})).time
         hidden = apply_head_norm(parts["head"], x.astype(self.program.dtype), self.model, time)
         table = output_table(parts["head"], parts.get("embedding", {}))
-        loss = head_loss(self.program, hidden, table, example, self.model.stability.z_loss)
+        loss = head_loss(self.program, hidden, table, example, offset, self.model.stability.z_loss)
         return loss if scale is None else loss * scale, loss
 
 
@@ -182,7 +185,8 @@ def make_chained_step(program: Program, signature: Signature) -> StepFunction:
         step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
         scale = loss_scale(state.scaling)
-        grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step), scale)
+        draws = (program.dropout_key(step), program.loss_offset(step))
+        grads, total, weight = gradients(state.params, frozen, batch, activations, *draws, scale)
         weight = jnp.maximum(weight, 1.0)
         divisor = weight if scale is None else weight * scale
         norm = jnp.sqrt(sum(square(part) for part in _parts(grads))) / divisor

@@ -13,6 +13,7 @@ NAME.damaged was found damaged and set aside, and nothing reads or removes it.
 
 import dataclasses
 import fcntl
+import functools
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -165,8 +166,10 @@ def _read_snapshot(path: Path, step: Path) -> Snapshot:
     frozen = Frozen()
     for kind in ("embedding", "stacks", "head", "adapters", "shelves"):
         for name, reference in meta["parts"][kind].items():
-            tree, digest = read_part(path / "stacks" / reference, part_shape(config, key, kind, name))
-            frozen.keep(kind, name, tree, digest)
+            part, shape = path / "stacks" / reference, part_shape(config, key, kind, name)
+            tree, digest = read_part(part, shape)
+            frozen.keep(kind, name, tree, digest, functools.partial(read_tree, part, shape))
+            frozen.stacks.release(config.checkpoint.host_gib * 2**30)
     return Snapshot(step, config, meta, frozen, state)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -26,7 +27,7 @@ from stackwise_jax.models.adapters import merge
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.branches import BranchRun, Compiled, held_out_figures
-from stackwise_jax.train.checkpoint import write_text
+from stackwise_jax.train.checkpoint import read_tree, write_text
 from stackwise_jax.train.describe import describe
 from stackwise_jax.train.folder import Part, make_part, step_name
 from stackwise_jax.train.health import TRY, explain_memory, read_metrics, require_finite
@@ -35,6 +36,7 @@ from stackwise_jax.train.optimizer import schedule_fraction
 from stackwise_jax.train.phases import Phase, Role, Signature
 from stackwise_jax.train.plan import make_plan
 from stackwise_jax.train.position import Position, Result, no_references
+from stackwise_jax.train.program import make_program
 from stackwise_jax.train.scaling import init_scaling
 from stackwise_jax.train.signals import StopSignals
 from stackwise_jax.train.sources import assemble
@@ -49,7 +51,6 @@ from stackwise_jax.train.state import (
     split,
     untie_head,
 )
-from stackwise_jax.train.step import make_program
 from stackwise_jax.train.trained import tap_folders
 from stackwise_jax.train.trunk import TrunkInputs, cache_tier, make_cache_store, shard_folder
 from stackwise_jax.train.watched import open_folder
@@ -135,8 +136,8 @@ class Run:
                 self.folder.close()
                 self.writer.close()
                 self.inputs.release()
-        rack = self.frozen.rack(self.config.training.adapters.alpha)
-        return Result(self.plan, rack, self.position.held_out, tap_folders(self.folder.path, self.references["taps"]))
+        taps = tap_folders(self.folder.path, self.references["taps"])
+        return Result(self.plan, self.frozen, self.position.held_out, taps)
 
     def _warn(self, text: str) -> None:
         self.progress.say(f"warning: {text}")
@@ -338,7 +339,9 @@ class Run:
         part = make_part(item, to_host(tree))
         self._unsaved.append(part)
         self.references[kind][name] = part.reference
-        self.frozen.keep(kind, name, part.tree, part.digest)
+        shape = jax.eval_shape(lambda: part.tree)
+        read = functools.partial(read_tree, self.folder.stacks / part.reference, shape)
+        self.frozen.keep(kind, name, part.tree, part.digest, read)
 
     def _is_due(self, every: int | None, phase: Phase) -> bool:
         """Every so many steps inside a phase; its last step is the boundary's business."""
@@ -357,6 +360,10 @@ class Run:
 
     def _save(self, *, required: bool) -> None:
         """Takes a copy of the state and has it written while training goes on."""
+        self.folder.flush()  # everything but what is handed over now is on the disk
+        unsaved = {part.reference for part in self._unsaved}
+        unwritten = [int(stack) for stack, own in self.references["stacks"].items() if own in unsaved]
+        self.frozen.stacks.release(self.config.checkpoint.host_gib * 2**30, unwritten=unwritten)
         position, references = copy.deepcopy((dataclasses.asdict(self.position), self.references))
         self.folder.save(
             self.position.step,

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from stackwise_jax.train.plan import Plan
+from stackwise_jax.train.state import Frozen
 from stackwise_jax.types import Params
 
 
@@ -20,12 +21,17 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished run: its plan and rack, the held-out figures after every phase, and the folders of tapped heads."""
+    """A finished run: its plan and settled parts, the held-out figures after every phase, the folders of tapped heads."""
 
     plan: Plan
-    rack: Params
+    frozen: Frozen
     held_out: dict[str, dict[str, float]]
     taps: dict[int, Path]
+
+    @property
+    def rack(self) -> Params:
+        """The whole rack on the host; stacks that lie on the disk only are read."""
+        return self.frozen.rack(self.plan.config.training.adapters.alpha)
 
 
 def no_references() -> dict[str, dict[str, str]]:

@@ -6,7 +6,7 @@ stack that is there, or drawn.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import jax
@@ -95,6 +95,65 @@ def _kind(name: Name) -> str:
     return "adapters" if name.startswith("adapter_") else name
 
 
+class HeldStacks(MutableMapping[int, Params]):
+    """Frozen stacks by number, in host memory as far as that is wanted; the others are read when they are asked for.
+
+    A rack of 80 large stacks does not fit into the memory of the host whose card trains it, and a cached phase needs
+    the newest alone.
+    """
+
+    def __init__(self) -> None:
+        self._trees: dict[int, Params | None] = {}  # None: on the disk only
+        self._read: dict[int, Callable[[], Params]] = {}
+
+    def hold(self, number: int, tree: Params, read: Callable[[], Params] | None) -> None:
+        """Takes a stack in; `read` reads it from the disk again, once it is there."""
+        self._trees[number] = tree
+        self._read.pop(number, None)
+        if read is not None:
+            self._read[number] = read
+
+    def release(self, held_bytes: float, *, unwritten: Collection[int] = ()) -> None:
+        """Lets the lowest numbers go until those that stay take at most `held_bytes`.
+
+        Args:
+          unwritten: stacks that cannot be read from the disk yet, which stay.
+        """
+        sizes = {number: _bytes(tree) for number, tree in self._trees.items() if tree is not None}
+        left = sum(sizes.values())
+        for number in sorted(set(sizes) & set(self._read) - set(unwritten)):
+            if left <= held_bytes:
+                return
+            self._trees[number] = None
+            left -= sizes[number]
+
+    def __getitem__(self, number: int) -> Params:
+        tree = self._trees[number]
+        return self._read[number]() if tree is None else tree
+
+    def __setitem__(self, number: int, tree: Params) -> None:
+        self.hold(number, tree, None)
+
+    def __delitem__(self, number: int) -> None:
+        del self._trees[number]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._trees)
+
+    def __len__(self) -> int:
+        return len(self._trees)
+
+    def copy(self) -> "HeldStacks":
+        """Another mapping of the same trees."""
+        other = HeldStacks()
+        other._trees, other._read = dict(self._trees), dict(self._read)
+        return other
+
+
+def _bytes(tree: Params) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 @dataclasses.dataclass
 class Frozen:
     """The settled parts of the rack, as stored, on the host, and the digest of each.
@@ -102,19 +161,24 @@ class Frozen:
     Digests are by name: "embedding", "head", or a stack's number.
 
     Attributes:
+      stacks: by number; some may lie on the disk only.
       adapters: of stacks, beside them.
       shelves: by name, (weights, moments) of parts that a later phase trains on, as {"params", "optimizer"}.
     """
 
     embedding: Params | None = None
-    stacks: dict[int, Params] = dataclasses.field(default_factory=dict)
+    stacks: "HeldStacks" = dataclasses.field(default_factory=lambda: HeldStacks())
     head: Params | None = None
     adapters: dict[int, Params] = dataclasses.field(default_factory=dict)
     shelves: dict[str, Params] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def keep(self, kind: str, name: str, tree: Params, digest: str) -> None:
-        """Takes a part in, on the host, with its `tree_digest`; `kind` is an attribute of this class."""
+    def keep(self, kind: str, name: str, tree: Params, digest: str, read: Callable[[], Params] | None = None) -> None:
+        """Takes a part in, on the host, with its `tree_digest`; `kind` is an attribute of this class.
+
+        Args:
+          read: of a stack, reads it from the disk again, once it is there.
+        """
         if kind == "shelves":
             self.shelves[name] = tree
             return
@@ -123,7 +187,7 @@ class Frozen:
             return
         self.digests[name] = digest
         if kind == "stacks":
-            self.stacks[int(name)] = tree
+            self.stacks.hold(int(name), tree, read)
         else:
             setattr(self, kind, tree)
 

@@ -4,7 +4,6 @@ Pure functions of arrays; the loop owns every side effect. `frozen` holds what t
 changes.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,159 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from stackwise_jax.data.tokenizer import Tokenizer
-from stackwise_jax.memory.placement import Placement, make_placement
-from stackwise_jax.memory.precision import DTYPES
-from stackwise_jax.models.adapters import attach
-from stackwise_jax.models.block import Context
-from stackwise_jax.models.rack import apply_embedding, apply_head_norm, output_table, row_context, time_vector
-from stackwise_jax.models.stack import apply_stack
-from stackwise_jax.objectives.objective import Task, make_corrupt, tasks
+from stackwise_jax.models.rack import apply_head_norm, output_table
 from stackwise_jax.ops.loss import cross_entropy
-from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.phases import Role, Signature
+from stackwise_jax.train.program import Program
 from stackwise_jax.train.scaling import keep_where, loss_scale, next_scaling, scaling_metrics
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.types import AnyArray, Batch, Example, Key, Params, Vocabulary
-
-# Streams of the run's key that steps draw from (models/rack.py uses 0 to 2).
-MASK_STREAM, DROPOUT_STREAM = 3, 4
+from stackwise_jax.types import AnyArray, Batch, Example, Key, Params
 
 StepFunction = Callable[..., tuple[TrainState, dict[str, Array]]]
 """(state, frozen, batch, activations | None, fractions, step) -> (state, metrics)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Everything static that compiled functions close over; one per run.
-
-    Attributes:
-      config: the resolved run.
-      vocabulary: the ids that objectives must know.
-      n_rows: training rows.
-    """
-
-    config: RunConfig
-    vocabulary: Vocabulary
-    n_rows: int
-
-    @property
-    def placement(self) -> Placement:
-        """The run's devices."""
-        return make_placement(self.config.mesh)
-
-    @property
-    def key(self) -> Key:
-        return jax.random.key(self.config.seed)
-
-    @property
-    def mask_key(self) -> Key:
-        return jax.random.fold_in(self.key, MASK_STREAM)
-
-    def dropout_key(self, step: Int[AnyArray, ""]) -> Key | None:
-        if self.config.model.dropout == 0.0:
-            return None
-        return jax.random.fold_in(jax.random.fold_in(self.key, DROPOUT_STREAM), step)
-
-    @property
-    def task(self) -> Task:
-        """What the run is asked; of several tasks the first."""
-        return tasks(self.config.objective, self.config.model.attention)[0][0]
-
-    @property
-    def dtype(self) -> Any:
-        """Arithmetic of the embedding, the trunk and the head."""
-        return DTYPES[self.config.precision.compute]
-
-    def corrupt(self, task: Task, batch: Batch) -> Example:
-        """What a task asks of a batch."""
-        return make_corrupt(self.config.objective, task, self.vocabulary, n_rows=self.n_rows)(self.mask_key, batch)
-
-    def context(self, task: Task, example: Example, embedding: Params) -> Context:
-        """What blocks need of rows; segments only where documents are kept apart.
-
-        Args:
-          embedding: with what turns masked fractions into a vector, where the model takes time as input.
-        """
-        model = self.config.model
-        return row_context(
-            model,
-            example.segments if self.config.data.isolate_documents else None,
-            example.positions,
-            kind=task.attention,
-            prefix_lengths=example.prefix_lengths,
-            block_length=self.config.objective.block_length if task.attention == "block_diffusion" else None,
-            time=self._time(example, embedding),
-        )
-
-    def _time(self, example: Example, embedding: Params) -> Float[Array, "B C"] | None:
-        if not self.config.model.time_input or example.rates is None:
-            return None
-        return time_vector(self.placement.as_whole(embedding), example.rates)
-
-    @property
-    def live_dtype(self) -> Any:
-        """Arithmetic of live stacks; with fp8 matmuls, of everything between these."""
-        precision = self.config.training.progressive.new_stack_precision
-        return self.dtype if precision in (None, "fp8") else DTYPES[precision]
-
-    def apply_embedding(
-        self, params: Params, inputs: Int[Array, "B T"], positions: Int[Array, "B T"], key: Key | None
-    ) -> Float[Array, "B T D"]:
-        """Runs the embedding; with a key also its dropout."""
-        params = self.placement.as_whole(params)
-        x = apply_embedding(params, inputs, positions, self.config.model, dtype=self.dtype, key=key)
-        return self.placement.as_rows(x)
-
-    def apply_stack(
-        self, role: Role, live: Params, settled: Params, x: Float[Array, "B T D"], context: Context, key: Key | None
-    ) -> Float[Array, "B T D"]:
-        """Runs a stack of a path's body.
-
-        Args:
-          live: what of it is trained: the stack, its adapter, or nothing.
-          settled: what is not: nothing, or the stack.
-        """
-        training = self.config.training
-        if role is Role.LIVE:
-            in_fp8 = training.progressive.new_stack_precision == "fp8"
-            return self._run(live, x, context, self.live_dtype, key, in_fp8=in_fp8)
-        if role is Role.ADAPTER:
-            settled = attach(settled, live, training.adapters.alpha)
-        # Without remat the backward pass would keep every matrix of a quantised tail decoded.
-        return self._run(settled, x, context, self.dtype, None)
-
-    def _run(
-        self, params: Params, x: Array, context: Context, dtype: Any, key: Key | None, *, in_fp8: bool = False
-    ) -> Float[Array, "B T D"]:
-        """Runs a stack that gradient passes through, laid out and kept as the config says."""
-        training = self.config.training
-        x = apply_stack(
-            params,
-            x,
-            context,
-            self.config.model,
-            dtype=dtype,
-            in_fp8=in_fp8,
-            remat=training.remat,
-            unroll=training.unroll_blocks,
-            key=key,
-            around=self.placement.around_block(dtype),
-        )
-        return self.placement.as_rows(x)
-
-    def apply_trunk_stack(self, params: Params, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        """Runs a stack of the trunk, which no gradient reaches."""
-        around = self.placement.around_block(self.dtype)
-        x = apply_stack(params, x, context, self.config.model, dtype=self.dtype, around=around)
-        return self.placement.as_rows(x)
-
-
-def make_program(config: RunConfig, tokenizer: Tokenizer, *, n_rows: int) -> Program:
-    """The program of a run on a corpus of `n_rows` training rows."""
-    vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.mask_id, tuple(tokenizer.special_ids))
-    return Program(config, vocabulary, n_rows)
 
 
 def body_parts(signature: Signature, parts: Params) -> list[tuple[Params, Params]]:
@@ -236,23 +93,42 @@ def path_loss(
     batch: Batch,
     activations: Float[Array, "B T D"] | None,
     key: Key | None,
+    offset: Int[Array, ""] | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Returns (summed loss in nats, what it is divided by, penalty to be added in training) of a batch, in float32.
 
-    `z_loss` as in `cross_entropy`.
+    `offset` and `z_loss` as in `head_loss`.
     """
     parts = join_parts(live, frozen)
     example = program.corrupt(signature.task, batch)
     hidden, penalty = run_path(program, signature, parts, example, activations, key)
     table = output_table(parts["head"], parts.get("embedding", {}))
-    return head_loss(program, hidden, table, example, z_loss), example.weight, penalty
+    return head_loss(program, hidden, table, example, offset, z_loss), example.weight, penalty
 
 
 def head_loss(
-    program: Program, hidden: Float[Array, "B T E"], table: Float[Array, "V E"], example: Example, z_loss: float = 0.0
+    program: Program,
+    hidden: Float[Array, "B T E"],
+    table: Float[Array, "V E"],
+    example: Example,
+    offset: Int[Array, ""] | None = None,
+    z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """Summed cross-entropy, in chunks of tokens; on several devices each computes that of its own rows."""
+    """Summed cross-entropy, in chunks of tokens; on several devices each computes that of its own rows.
+
+    Args:
+      offset: only the places offset, offset + n, offset + 2 n .. are scored, n being `Program.loss_stride`, and the
+        sum is multiplied by n: over offsets drawn uniformly its mean is the whole. None: every place.
+      z_loss: as in `cross_entropy`.
+    """
+    stride = 1 if offset is None else program.loss_stride
+
+    def scored(places: Array) -> Array:
+        if offset is None:
+            return places
+        apart = places.reshape(places.shape[0], -1, stride, *places.shape[2:])
+        return jax.lax.dynamic_index_in_dim(apart, offset, axis=2, keepdims=False)
 
     def summed(table: Array, hidden: Array, targets: Array, weights: Array) -> Float[Array, ""]:
         return cross_entropy(
@@ -264,21 +140,27 @@ def head_loss(
             z_loss=z_loss,
         )
 
-    rows = (hidden, example.targets, example.weights)
-    return program.placement.sum_over_rows(summed, table.astype(program.dtype), *rows)
+    rows = [scored(places) for places in (hidden, example.targets, example.weights)]
+    return stride * program.placement.sum_over_rows(summed, table.astype(program.dtype), *rows)
 
 
 def make_gradients(program: Program, signature: Signature) -> Callable[..., tuple[Params, Array, Array]]:
-    """Returns (live, frozen, batch, activations, key[, scale]) -> (summed gradients, summed loss, summed weight).
+    """Returns (live, frozen, batch, activations, key[, offset, scale]) -> (summed gradients, loss and weight).
 
     With a scale the gradients are those of the loss times it; the loss is not. `model.stability.z_loss` counts in both.
     """
     z_loss = program.config.model.stability.z_loss
 
     def loss(
-        live: Params, frozen: Params, batch: Batch, activations: Array | None, key: Key | None, scale: Array | None
+        live: Params,
+        frozen: Params,
+        batch: Batch,
+        activations: Array | None,
+        key: Key | None,
+        offset: Array | None,
+        scale: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
-        total, weight, penalty = path_loss(program, signature, live, frozen, batch, activations, key, z_loss)
+        total, weight, penalty = path_loss(program, signature, live, frozen, batch, activations, key, offset, z_loss)
         asked = total + penalty
         return asked if scale is None else asked * scale, (total, weight)
 
@@ -291,16 +173,17 @@ def make_gradients(program: Program, signature: Signature) -> Callable[..., tupl
         batch: Batch,
         activations: Array | None,
         key: Key | None,
+        offset: Array | None = None,
         scale: Array | None = None,
     ) -> tuple[Params, Array, Array]:
         if pieces == 1:
-            (_, (total, weight)), grads = grad(live, frozen, batch, activations, key, scale)
+            (_, (total, weight)), grads = grad(live, frozen, batch, activations, key, offset, scale)
             return place.as_weights(grads), total, weight
 
         def body(carry: Any, piece: Any) -> tuple[Any, None]:
             index, own_batch, own_activations = piece
             own_key = None if key is None else jax.random.fold_in(key, index)
-            (_, (total, weight)), grads = grad(live, frozen, own_batch, own_activations, own_key, scale)
+            (_, (total, weight)), grads = grad(live, frozen, own_batch, own_activations, own_key, offset, scale)
             return jax.tree.map(jnp.add, carry, (place.as_weights(grads), total, weight)), None
 
         split = jax.tree.map(
@@ -322,7 +205,11 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
     scalars on the device: loss (nats per token that is asked for), gradient_norm, weight; with a scaled loss also those
     of `scaling_metrics`.
     """
-    gradients = make_gradients(program, signature)
+    return make_update(program, signature, make_gradients(program, signature))
+
+
+def make_update(program: Program, signature: Signature, gradients: Callable[..., Any]) -> StepFunction:
+    """As `make_train_step`, of gradients from elsewhere that are called as those of `make_gradients` are."""
     config = program.config.optimizer
     transforms = optimizer.make_transforms(program.config, scales_head=signature.embedding is Role.FROZEN)
 
@@ -336,7 +223,8 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
         step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
         scale = loss_scale(state.scaling)
-        grads, total, weight = gradients(state.params, frozen, batch, activations, program.dropout_key(step), scale)
+        draws = (program.dropout_key(step), program.loss_offset(step))
+        grads, total, weight = gradients(state.params, frozen, batch, activations, *draws, scale)
         weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing has no gradient, not an undefined one
         divisor = weight if scale is None else weight * scale
         norm = optimizer.gradient_norm(grads) / divisor

@@ -95,14 +95,14 @@ def read_tap(config: RunConfig, taps: Mapping[int, Path], stack: int) -> Params 
 def _assemble(snapshot: Snapshot) -> Params:
     """The rack: frozen parts, and what is live in the place of them."""
     frozen = dataclasses.replace(
-        snapshot.frozen, stacks=dict(snapshot.frozen.stacks), adapters=dict(snapshot.frozen.adapters)
+        snapshot.frozen, stacks=snapshot.frozen.stacks.copy(), adapters=dict(snapshot.frozen.adapters)
     )
     if snapshot.state is not None:
         phases, index = make_curriculum(snapshot.config), snapshot.meta["phase"]
         inside = snapshot.meta["position"]["phase_step"] > 0
         names = part_names(phases[index]) if inside else carried_names(phases, index)
         live = {name: params for name, (params, _) in split(snapshot.state, names).items()}
-        frozen.stacks |= {name: params for name, params in live.items() if isinstance(name, int)}
+        frozen.stacks.update({name: params for name, params in live.items() if isinstance(name, int)})
         frozen.adapters |= {
             stack: live[adapter_name(stack)] for stack in phases[index].adapter_stacks if adapter_name(stack) in live
         }

@@ -22,18 +22,22 @@ from stackwise_jax.data.order import Order
 from stackwise_jax.data.pipeline import validation_batches
 from stackwise_jax.memory import fingerprint, placement, processes
 from stackwise_jax.memory.activations import ActivationCache, Trunk
+from stackwise_jax.memory.precision import decoded
 from stackwise_jax.memory.tiers import ChunkStore, DeviceStore, DiskStore, HostStore, Room, choose_tier
 from stackwise_jax.objectives.objective import Task, variants
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.phases import Branch, Phase
 from stackwise_jax.train.plan import Plan, phase_device_bytes
+from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import Frozen
-from stackwise_jax.train.step import Program
 from stackwise_jax.types import Batch, Params
 
 
 class Forward:
-    """Compiled forward programs of frozen parts: one for the embedding, one per distinct stack shape, for each task."""
+    """Compiled forward programs of frozen parts: one for the embedding, one per distinct stack shape, for each task.
+
+    Stacks go in as `decoded` gives them: a quantised one is decoded once and not again for every batch.
+    """
 
     def __init__(self, program: Program) -> None:
         @functools.partial(jax.jit, static_argnums=0)
@@ -41,13 +45,16 @@ class Forward:
             example = program.corrupt(task, batch)
             return program.apply_embedding(embedding, example.inputs, example.positions, None)
 
+        def decode(stack: Params) -> Params:
+            return decoded(stack, program.dtype)
+
         @functools.partial(jax.jit, static_argnums=0)
         def forward(
             task: Task, stack: Params, timing: Params, x: Float[Array, "B T D"], batch: Batch
         ) -> Float[Array, "B T D"]:
             return program.apply_trunk_stack(stack, x, program.context(task, program.corrupt(task, batch), timing))
 
-        self.embed, self.forward = embed, forward
+        self.embed, self.forward, self.decoded = embed, forward, decode
 
     def trunk_output(
         self, task: Task, embedding: Params, stacks: Sequence[Params], batch: Batch
@@ -55,7 +62,7 @@ class Forward:
         """Recomputes what the trunk puts out for a batch."""
         x = self.embed(task, embedding, batch)
         for stack in stacks:
-            x = self.forward(task, stack, timing_of(embedding), x, batch)
+            x = self.forward(task, self.decoded(stack), timing_of(embedding), x, batch)
         return x
 
 
@@ -267,7 +274,8 @@ class TrunkInputs:
             return lambda batch: self._forward.embed(task, embedding, in_band(batch, branch))
 
         def stack(number: int) -> Callable[[Array, Batch], Array]:
-            own, own_timing = place.to_weights(frozen.stacks[number]), place.to_weights(timing)
+            own = self._forward.decoded(place.to_weights(frozen.stacks[number]))  # once for all rows that pass it
+            own_timing = place.to_weights(timing)
             return lambda x, batch: self._forward.forward(task, own, own_timing, x, in_band(batch, branch))
 
         chain = self.fingerprints(name, branch, frozen)

@@ -66,8 +66,10 @@ def test_families_have_the_shapes_that_they_are_compared_in():
 
 
 def test_random_rows_hold_documents_only_where_they_are_kept_apart():
-    whole = step.random_batch(step.make_config(options_of("--seq_len=128"), []))
-    parts = step.random_batch(step.make_config(options_of("--seq_len=128", "--set=data.isolate_documents=True"), []))
+    whole = live_step.random_batch(step.make_config(options_of("--seq_len=128"), []))
+    parts = live_step.random_batch(
+        step.make_config(options_of("--seq_len=128", "--set=data.isolate_documents=True"), [])
+    )
     assert whole.segments.max() == 1
     assert (whole.positions == range(128)).all()
     assert parts.segments.max() > 1

@@ -34,7 +34,8 @@ from stackwise_jax.train import loop
 from stackwise_jax.train.chained import ChainedGradients
 from stackwise_jax.train.optimizer import init_part, make_transforms, update_part
 from stackwise_jax.train.phases import Role, Signature
-from stackwise_jax.train.step import Program, make_gradients
+from stackwise_jax.train.program import Program
+from stackwise_jax.train.step import make_gradients
 from stackwise_jax.types import Batch, Vocabulary
 
 LIVE = Role.LIVE

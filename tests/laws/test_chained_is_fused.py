@@ -14,8 +14,9 @@ from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.chained import ChainedGradients, make_chained_step
 from stackwise_jax.train.optimizer import init_part, make_transforms
 from stackwise_jax.train.phases import Role, Signature
+from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.train.step import Program, make_gradients, make_train_step
+from stackwise_jax.train.step import make_gradients, make_train_step
 from stackwise_jax.types import Batch, Params, Vocabulary
 
 LIVE, FROZEN, ADAPTER = Role.LIVE, Role.FROZEN, Role.ADAPTER

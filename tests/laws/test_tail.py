@@ -12,7 +12,8 @@ from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.models.rack import init_rack
 from stackwise_jax.train import loop
 from stackwise_jax.train.phases import Role, Signature
-from stackwise_jax.train.step import Program, make_evaluation, make_gradients
+from stackwise_jax.train.program import Program
+from stackwise_jax.train.step import make_evaluation, make_gradients
 from stackwise_jax.types import Batch, Params, Quantised, Vocabulary
 
 LIVE, FROZEN = Role.LIVE, Role.FROZEN

@@ -17,8 +17,9 @@ from stackwise_jax.train.curriculum import make_curriculum
 from stackwise_jax.train.describe import describe
 from stackwise_jax.train.phases import Phase, Role, signature, stack_sizes
 from stackwise_jax.train.plan import make_plan
+from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import PartSource, part_shape
-from stackwise_jax.train.step import Program, make_train_step
+from stackwise_jax.train.step import make_train_step
 from stackwise_jax.types import Batch, Vocabulary
 
 CONFIG_FILE = Path(__file__).resolve().parents[2] / "configs" / "llama_70b.py"

@@ -23,8 +23,9 @@ from stackwise_jax.train.chained import make_chained_step
 from stackwise_jax.train.health import read_metrics
 from stackwise_jax.train.optimizer import init_part, make_transforms
 from stackwise_jax.train.phases import Role, Signature
+from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.train.step import Program, make_train_step
+from stackwise_jax.train.step import make_train_step
 from stackwise_jax.train.trained import load_trained
 from stackwise_jax.types import Batch, Quantised, Vocabulary
 

@@ -11,7 +11,8 @@ from stackwise_jax.models.rack import apply_rack, init_rack
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.train.chained import ChainedGradients
 from stackwise_jax.train.phases import Role, Signature
-from stackwise_jax.train.step import Program, make_evaluation, make_gradients
+from stackwise_jax.train.program import Program
+from stackwise_jax.train.step import make_evaluation, make_gradients
 from stackwise_jax.types import Batch, Vocabulary
 
 LIVE = Role.LIVE
