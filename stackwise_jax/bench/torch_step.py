@@ -8,6 +8,8 @@ What is measured is meant to be hard to beat: fused AdamW, no dropout, and atten
 `torch.compile`, which costs it the flash kernels.
 """
 
+import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -19,6 +21,9 @@ from typing import Any
 
 WARMUP_STEPS = 5
 WEIGHTS = ("float32", "bfloat16")  # master weights of float32 under autocast, like ours; everything in bfloat16
+
+MakeStep = Callable[[str], tuple[Callable[[], Any], int]]
+"""(device) -> (one update, giving the loss or what else is finite while all is well; how many parameters it trains)."""
 
 
 def missing_packages() -> list[str]:
@@ -36,10 +41,30 @@ def run(
       command: what is started, the shape as JSON its last argument; None: this file.
 
     Returns:
-      for each of `WEIGHTS` a dict with `name`, and either `failed`, one line, or `step_seconds`, `compile_seconds`,
-      `peak_bytes` (None on a CPU), `parameters` and `versions`.
+      as `run_process`, for each of `WEIGHTS`.
     """
     command = [sys.executable, "-m", "stackwise_jax.bench.torch_step"] if command is None else command
+    names = [row_name(weights) for weights in WEIGHTS]
+    return run_process(command, shape, names, timeout_seconds=timeout_seconds)
+
+
+def row_name(weights: str) -> str:
+    """How a measurement is called in the table."""
+    return f"transformers, {weights} weights"
+
+
+def run_process(
+    command: list[str], shape: dict[str, Any], names: list[str], *, timeout_seconds: int | float
+) -> list[dict[str, Any]]:
+    """Starts a process that prints a line of JSON a measurement, and reads these.
+
+    Args:
+      command: the shape as JSON is added as its last argument.
+      names: of the measurements that are expected.
+
+    Returns:
+      for each of `names` a dict with `name`, and either `failed`, one line, or what `measure` returns.
+    """
     try:
         done = subprocess.run(
             [*command, json.dumps(shape)], capture_output=True, text=True, timeout=timeout_seconds, check=False
@@ -49,34 +74,37 @@ def run(
         output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
         complaints = f"not done after {timeout_seconds:.0f} s"
     found = {entry["name"]: entry for entry in map(json.loads, filter(_is_object, output.splitlines()))}
-    names = [row_name(weights) for weights in WEIGHTS]
     if any(name not in found for name in names):
         print(complaints[-4000:], file=sys.stderr)
     failed = {"failed": ([line for line in complaints.splitlines() if line.strip()] or ["it ended without a word"])[-1]}
     return [found.get(name, {"name": name, **failed}) for name in names]
 
 
-def row_name(weights: str) -> str:
-    """How a measurement is called in the table."""
-    return f"transformers, {weights} weights"
-
-
 def _is_object(line: str) -> bool:
     return line.startswith('{"name"')
 
 
-def make_model(shape: dict[str, Any]) -> Any:
-    """The model with random weights, its attention causal without a mask array."""
+def register_plain_causal() -> str:
+    """Makes attention that is causal without a mask array known to `transformers`; returns its name there."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
     def causal_attention(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
     ) -> tuple[Any, None]:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        grouped = query.shape[1] != key.shape[1]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        mixed = attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         return mixed.transpose(1, 2).contiguous(), None
 
     transformers.AttentionInterface.register("plain_causal", causal_attention)
+    return "plain_causal"
+
+
+def make_model(shape: dict[str, Any]) -> Any:
+    """The model with random weights, its attention causal without a mask array."""
+    import transformers  # pyright: ignore[reportMissingImports]
+
     if shape["family"] == "llama":
         config = transformers.LlamaConfig(
             vocab_size=shape["vocab_size"],
@@ -103,7 +131,7 @@ def make_model(shape: dict[str, Any]) -> Any:
             attn_pdrop=0.0,
             use_cache=False,
         )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="plain_causal")
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=register_plain_causal())
 
 
 def make_step(shape: dict[str, Any], weights: str, device: str) -> tuple[Callable[[], Any], int]:
@@ -113,10 +141,7 @@ def make_step(shape: dict[str, Any], weights: str, device: str) -> tuple[Callabl
     torch.manual_seed(0)
     model = make_model(shape).to(device=device, dtype=getattr(torch, weights)).train()
     parameters = list(model.parameters())
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = make_optimizer(parameters)
     compiled = torch.compile(model)
     tokens = torch.randint(shape["vocab_size"], (shape["batch_size"], shape["seq_len"]), device=device)
 
@@ -130,6 +155,16 @@ def make_step(shape: dict[str, Any], weights: str, device: str) -> tuple[Callabl
         return loss
 
     return step, sum(parameter.numel() for parameter in parameters)
+
+
+def make_optimizer(parameters: list[Any]) -> Any:
+    """Fused AdamW with decay on matrices alone."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-4, betas=(0.9, 0.95), fused=True)
 
 
 def step_seconds(step: Callable[[], Any], steps: int, device: str) -> list[float]:
@@ -151,8 +186,12 @@ def step_seconds(step: Callable[[], Any], steps: int, device: str) -> list[float
     return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
 
 
-def measure(shape: dict[str, Any], weights: str) -> dict[str, Any]:
-    """One measurement, in the form that `run` returns.
+def measure(name: str, make: MakeStep, steps: int) -> dict[str, Any]:
+    """One measurement: of the median of `steps` steps, after `WARMUP_STEPS`.
+
+    Returns:
+      a dict with `name`, `step_seconds`, `compile_seconds`, `peak_bytes` (by the allocator, from the start; None on a
+      CPU), `parameters` and `versions`.
 
     Raises:
       FloatingPointError: the loss is not finite.
@@ -162,19 +201,19 @@ def measure(shape: dict[str, Any], weights: str) -> dict[str, Any]:
 
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    step, parameters = make_step(shape, weights, device)
+    step, parameters = make(device)
     started = time.perf_counter()
     step()  # compiles
     if device == "cuda":
         torch.cuda.synchronize()
     compile_seconds = time.perf_counter() - started
     step_seconds(step, WARMUP_STEPS, device)
-    seconds = step_seconds(step, shape["steps"], device)
-    loss = float(step())
-    if not loss < float("inf"):
-        raise FloatingPointError(f"loss={loss} after {shape['steps']} steps")
+    seconds = step_seconds(step, steps, device)
+    last = float(step())
+    if not abs(last) < float("inf"):
+        raise FloatingPointError(f"loss={last} after {steps} steps")
     return {
-        "name": row_name(weights),
+        "name": name,
         "step_seconds": sorted(seconds)[len(seconds) // 2],
         "compile_seconds": compile_seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
@@ -183,17 +222,24 @@ def measure(shape: dict[str, Any], weights: str) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> None:
-    """Measures the shape that the last argument describes, with each kind of weights."""
+def print_measurements(
+    argv: list[str],
+    row_name: Callable[[str], str],
+    make_step: Callable[[dict[str, Any], str, str], tuple[Callable[[], Any], int]],
+) -> None:
+    """Measures the shape that the last argument describes, with each kind of weights; what `run_process` starts."""
     import torch  # pyright: ignore[reportMissingImports]
 
+    shape = json.loads(argv[-1])
     for weights in WEIGHTS:
-        print(json.dumps(measure(json.loads(argv[-1]), weights)), flush=True)
+        make = functools.partial(make_step, shape, weights)
+        print(json.dumps(measure(row_name(weights), make, shape["steps"])), flush=True)
         torch._dynamo.reset()
+        gc.collect()  # or what the first kind leaves behind would count as the second's
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    print_measurements(sys.argv, row_name, make_step)
