@@ -21,7 +21,7 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished run: its plan and settled parts, the held-out figures after every phase, the folders of tapped heads."""
+    """A finished run: its plan, its settled parts, held-out figures after every phase, the folders of tapped heads."""
 
     plan: Plan
     frozen: Frozen

@@ -12,6 +12,7 @@ from absl import flags
 from stackwise_jax.bench import step, torch_step
 from stackwise_jax.bench.__main__ import BENCHMARKS
 from stackwise_jax.bench.__main__ import main as bench_main
+from stackwise_jax.bench.live_step import random_batch
 from stackwise_jax.errors import UserError
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.train.plan import make_plan
@@ -66,10 +67,8 @@ def test_families_have_the_shapes_that_they_are_compared_in():
 
 
 def test_random_rows_hold_documents_only_where_they_are_kept_apart():
-    whole = live_step.random_batch(step.make_config(options_of("--seq_len=128"), []))
-    parts = live_step.random_batch(
-        step.make_config(options_of("--seq_len=128", "--set=data.isolate_documents=True"), [])
-    )
+    whole = random_batch(step.make_config(options_of("--seq_len=128"), []))
+    parts = random_batch(step.make_config(options_of("--seq_len=128", "--set=data.isolate_documents=True"), []))
     assert whole.segments.max() == 1
     assert (whole.positions == range(128)).all()
     assert parts.segments.max() > 1
