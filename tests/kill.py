@@ -155,7 +155,7 @@ def outcome(workdir: Path) -> str:
         checkpoint.verify(workdir / "stacks" / reference)
         parts[reference] = json.loads((workdir / "stacks" / reference / "manifest.json").read_text())["arrays"]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    losses = [[line["kind"], line["phase"], line["step"], line["loss"]] for line in lines]
+    losses = [[line["kind"], line["phase"], line["step"], line["loss"]] for line in lines if "loss" in line]
     facts = [meta["step"], meta["position"], parts, losses]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

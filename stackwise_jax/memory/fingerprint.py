@@ -7,10 +7,13 @@ stored. Two caches with the same fingerprint hold the same numbers, whatever ord
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+
+_HASHERS = ThreadPoolExecutor(8, thread_name_prefix="hashing")  # which runs outside of Python's lock
 
 
 def array_digest(name: str, array: Any) -> str:
@@ -22,8 +25,9 @@ def array_digest(name: str, array: Any) -> str:
 
 
 def array_digests(tree: Any) -> dict[str, str]:
-    """{name: digest} of every array of a tree: the one time that its bytes are hashed."""
-    return {name: array_digest(name, leaf) for name, leaf in named_leaves(tree).items()}
+    """{name: digest} of every array of a tree: the one time that its bytes are hashed, several arrays at once."""
+    named = named_leaves(tree)
+    return dict(zip(named, _HASHERS.map(array_digest, named, named.values()), strict=True))
 
 
 def join_digests(digests: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ Codes keep the shape of the numbers, so they are cut and named like them; scales
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8, UInt16
+from jaxtyping import Array, Float, Int8, UInt8, UInt16, UInt32
 
 BLOCK = 256
 # The powers of two that codes 1 to 255 of `to_log8` span. Neighbours differ by 9 percent.
@@ -17,6 +17,27 @@ LOG8_RANGE = 32.0
 
 _LOG8_STEP = LOG8_RANGE / 254
 _BF16_MAX = float(jnp.finfo(jnp.bfloat16).max)
+
+
+def hashed_bits(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt16[Array, "..."]:
+    """16 bits a number that look random: two rounds of an integer hash (Wellons, 2018) of its place and a key.
+
+    For rounding alone. A generator that could be drawn from for anything costs several times what an update costs that
+    it serves; this is a few operations on registers, which fuse into whatever reads the bits.
+
+    Args:
+      shape: below 2**32 numbers.
+    """
+    places = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return (_mixed(_mixed(places ^ key[0]) + key[1]) >> 16).astype(jnp.uint16)
+
+
+def _mixed(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    words = (words ^ (words >> 16)) * jnp.uint32(0x7FEB352D)
+    words = (words ^ (words >> 15)) * jnp.uint32(0x846CA68B)
+    return words ^ (words >> 16)
 
 
 def to_bf16(x: Float[Array, "*B"], bits: UInt16[Array, "*B"]) -> Float[Array, "*B"]:

@@ -316,6 +316,10 @@ class RunFolder:
 
         self._writing = self._thread.submit(write)
 
+    def reader(self, part: Part) -> Callable[[], Params]:
+        """Reads a part from the disk again; only once it has been saved. It keeps nothing of the part's arrays."""
+        return functools.partial(read_tree, self.stacks / part.reference, jax.eval_shape(lambda: part.tree))
+
     def check(self) -> None:
         """Raises what went wrong in the background, without waiting for it."""
         if self._writing is not None and self._writing.done():

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -27,11 +26,19 @@ from stackwise_jax.models.adapters import merge
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.branches import BranchRun, Compiled, held_out_figures
-from stackwise_jax.train.checkpoint import read_tree, write_text
+from stackwise_jax.train.checkpoint import write_text
 from stackwise_jax.train.describe import describe
 from stackwise_jax.train.folder import Part, make_part, step_name
 from stackwise_jax.train.health import TRY, explain_memory, read_metrics, require_finite
-from stackwise_jax.train.metrics import MetricsWriter, Progress, peak_flops, readable_time
+from stackwise_jax.train.metrics import (
+    MetricsWriter,
+    PhaseClock,
+    Progress,
+    Stopwatch,
+    memory_figures,
+    peak_flops,
+    readable_time,
+)
 from stackwise_jax.train.optimizer import schedule_fraction
 from stackwise_jax.train.phases import Phase, Role, Signature
 from stackwise_jax.train.plan import make_plan
@@ -55,19 +62,6 @@ from stackwise_jax.train.trained import tap_folders
 from stackwise_jax.train.trunk import TrunkInputs, cache_tier, make_cache_store, shard_folder
 from stackwise_jax.train.watched import open_folder
 from stackwise_jax.types import Params
-
-
-@dataclasses.dataclass
-class _Clock:
-    """What has happened in a phase since its last log line."""
-
-    logged: int
-    data_seconds: float = 0.0
-    is_first: bool = True
-    losses: dict[str, float] = dataclasses.field(default_factory=dict)  # the last one of each branch
-
-    def restart(self, logged: int) -> None:
-        self.logged, self.data_seconds, self.is_first = logged, 0.0, False
 
 
 def run(config: RunConfig, corpus: Corpus, workdir: Path | str, *, say: Callable[[str], None] = print) -> Result:
@@ -97,7 +91,7 @@ class Run:
         self._compiled = Compiled(self.program)
         self._bytes: dict[Task, int] = {}
         self._signals = StopSignals()
-        self._clock = _Clock(0)
+        self._clock = PhaseClock(0)
         self._pending: tuple[int, dict[str, Array]] | None = None  # metrics of the last step, not read yet
         self._order = np.zeros(0, np.int64)  # of the branches of the phase
         self._unsaved: list[Part] = []  # frozen parts that the next snapshot brings to the disk
@@ -167,28 +161,33 @@ class Run:
     # One phase.
 
     def _run_phase(self, phase: Phase, signatures: tuple[Signature, ...]) -> None:
+        watch = Stopwatch()
         if self.position.phase_step == 0:
             self._begin_phase(phase, signatures[0])
         if self._tier == "disk":
             self.folder.flush()  # a cache that outlives this process must not get ahead of what the folder holds
         self.inputs.prepare(phase, self.frozen, self.position.step, self._note, self._live_stack)
-        started = time.perf_counter()
+        watch.lap("cache")
         branches = [
             BranchRun(self._compiled, self.inputs, self.frozen, phase, branch, signature)
             for branch, signature in zip(phase.branches, signatures, strict=True)
         ]
         self._train(phase, branches)
+        watch.lap("train")
         result = self._evaluate(phase, branches)
+        watch.lap("evaluate")
         self.position.held_out[phase.name] = result
         self.writer.write("held_out", self.position.step, {"phase": phase.name, **result})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
-        self.progress.say(f"{phase.name}: held-out {figures} ({readable_time(time.perf_counter() - started)})")
+        self.progress.say(f"{phase.name}: held-out {figures} ({readable_time(watch.seconds['train'])})")
         require_finite(self.state, self._where())
         self._settle(phase)
         self.position.done_flops += self.plan.pass_flops[self.position.phase]
         self.progress.count(self.plan.pass_flops[self.position.phase])
         self.position.phase, self.position.phase_step = self.position.phase + 1, 0
         self._save(required=True)
+        watch.lap("settle")
+        self.writer.write("phase", self.position.step, {"phase": phase.name, **watch.figures(), **memory_figures()})
 
     def _begin_phase(self, phase: Phase, signature: Signature) -> None:
         """Completes the live state with what the phase before did not train."""
@@ -206,7 +205,7 @@ class Run:
 
     def _train(self, phase: Phase, branches: list[BranchRun]) -> None:
         self._order = phase.branch_order()
-        self._clock = _Clock(self.position.phase_step)
+        self._clock = PhaseClock(self.position.phase_step)
         self._pause(phase, branches)  # a signal may have come in the middle of the last step's evaluation
         while self.position.phase_step < phase.steps:
             self._step(phase, branches[self._order[self.position.phase_step]])
@@ -339,9 +338,7 @@ class Run:
         part = make_part(item, to_host(tree))
         self._unsaved.append(part)
         self.references[kind][name] = part.reference
-        shape = jax.eval_shape(lambda: part.tree)
-        read = functools.partial(read_tree, self.folder.stacks / part.reference, shape)
-        self.frozen.keep(kind, name, part.tree, part.digest, read)
+        self.frozen.keep(kind, name, part.tree, part.digest, self.folder.reader(part))
 
     def _is_due(self, every: int | None, phase: Phase) -> bool:
         """Every so many steps inside a phase; its last step is the boundary's business."""

@@ -1,6 +1,7 @@
 """What a run says while it runs: JSON lines always, TensorBoard when installed, and a progress line for people."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -37,16 +38,23 @@ def device_memory() -> int | None:
     return stats["bytes_in_use"] if stats else None
 
 
-def host_memory() -> int | None:
-    """Resident bytes of this process; None where the system does not say."""
+def host_memory(field: str = "VmRSS") -> int | None:
+    """Resident bytes of this process, or their peak (VmHWM); None where the system does not say."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:
-                if line.startswith("VmRSS:"):
+                if line.startswith(f"{field}:"):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
     return None
+
+
+def memory_figures() -> dict[str, int]:
+    """The most memory that this process has taken so far: of its first device, by the allocator, and of the host."""
+    stats, host = jax.local_devices()[0].memory_stats(), host_memory("VmHWM")
+    figures = {"device_peak_bytes": stats["peak_bytes_in_use"] if stats else None, "host_peak_bytes": host}
+    return {name: count for name, count in figures.items() if count is not None}
 
 
 class MetricsWriter:
@@ -129,6 +137,35 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+@dataclasses.dataclass
+class PhaseClock:
+    """What has happened in a phase since its last log line."""
+
+    logged: int
+    data_seconds: float = 0.0
+    is_first: bool = True
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)  # the last one of each branch
+
+    def restart(self, logged: int) -> None:
+        self.logged, self.data_seconds, self.is_first = logged, 0.0, False
+
+
+class Stopwatch:
+    """Seconds that the parts of a phase took, of those done in this process."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._mark = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Ends a part."""
+        now = time.perf_counter()
+        self.seconds[name], self._mark = now - self._mark, now
+
+    def figures(self) -> dict[str, float]:
+        return {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
 
 
 class Progress:

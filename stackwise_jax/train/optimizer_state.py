@@ -141,4 +141,4 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def _bits(key: Array, count: Array, name: str, like: Array) -> UInt16[Array, "..."]:
     own = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), count), zlib.crc32(name.encode()))
-    return jax.random.bits(own, like.shape, jnp.uint16)
+    return rounding.hashed_bits(jax.random.key_data(own), like.shape)

@@ -28,7 +28,7 @@ train_and_report(config.from_json(Path(sys.argv[1])), Path(sys.argv[2]))
 
 def losses(folder: Path) -> dict[tuple[int, str], float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {(line["step"], line["kind"]): line["loss"] for line in lines}
+    return {(line["step"], line["kind"]): line["loss"] for line in lines if "loss" in line}
 
 
 def start(config: Any, folder: Path, name: str, workdir: Path) -> subprocess.Popen[str]:

@@ -77,7 +77,7 @@ def assert_bitwise(first: Params, second: Params) -> None:
 
 def losses(folder: Path) -> list[tuple[str, int, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["kind"], line["step"], line["loss"]) for line in lines]
+    return [(line["kind"], line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 MODES = {

@@ -59,7 +59,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> list[tuple[Any, ...]]:
-    return [(line["kind"], line["step"], line["loss"]) for line in lines(folder)]
+    return [(line["kind"], line["step"], line["loss"]) for line in lines(folder) if "loss" in line]
 
 
 TRUNKS = {
