@@ -55,11 +55,12 @@ def finish(config: Any, corpus: Any, folder: Path) -> loop.Run:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [entry for entry in entries if entry["kind"] != "phase"]
 
 
 def losses(folder: Path) -> list[tuple[Any, ...]]:
-    return [(line["kind"], line["step"], line["loss"]) for line in lines(folder) if "loss" in line]
+    return [(line["kind"], line["step"], line["loss"]) for line in lines(folder)]
 
 
 TRUNKS = {
