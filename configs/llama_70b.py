@@ -31,6 +31,7 @@ def get_config(size: str = "70b") -> Any:
     config.training.loss_fraction = 0.25  # so that the head stays below a tenth of the step
     config.training.loss_chunk_tokens = 4096
     config.training.embedding_budget = "20M tokens"
+    config.training.embedding_learning_rate_scale = 10.0
     config.training.phase_budget = "20M tokens"
     config.training.progressive.new_stack = "silent"
     config.training.progressive.new_stack_precision = "fp8"

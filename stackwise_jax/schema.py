@@ -187,6 +187,7 @@ class TrainingConfig:
     head: str = "live"  # after the embedding is settled: live | frozen | copy (untie, then live)
     phase_budget: str = "200 steps"  # of each stack's phase (end_to_end: of the run); or "5M tokens"
     embedding_budget: str = "100 steps"  # of phase 0
+    embedding_learning_rate_scale: float = 1.0  # of optimizer.learning_rate, in phase 0
     batch_size: int = 16  # rows an update
     accumulation_steps: int = 1  # micro-batches an update
     remat: str = "none"  # none | dots (keep matmul outputs) | full (keep block inputs only)

@@ -8,11 +8,11 @@ compare (ways of training one model at equal FLOPs).
 
 import sys
 
-from stackwise_jax.bench import block, cache, compare, depth, step
+from stackwise_jax.bench import block, cache, compare, depth, run70b, step
 from stackwise_jax.command import run_command
 from stackwise_jax.errors import UserError, did_you_mean, one_line_errors
 
-BENCHMARKS = {"step": step, "block": block, "depth": depth, "cache": cache, "compare": compare}
+BENCHMARKS = {"step": step, "block": block, "run70b": run70b, "depth": depth, "cache": cache, "compare": compare}
 
 
 def main(argv: list[str]) -> None:

@@ -79,6 +79,9 @@ def main(options: Any) -> None:
     theirs = torch_rows(config, options)  # before JAX takes the device's memory
     import jax
 
+    from stackwise_jax.memory.placement import start_backend
+
+    start_backend()
     flops, tokens = block_flops(config), config.training.batch_size * config.data.seq_len
     peaks = {kind: matmul_flops(kind) for kind in ("bf16", "fp8")}
     model = config.model

@@ -103,10 +103,12 @@ def main(options: Any) -> None:
         rows = torch_rows(config, options)
     import jax
 
+    from stackwise_jax.memory.placement import start_backend
     from stackwise_jax.models.rack import count_parameters
     from stackwise_jax.train.metrics import peak_flops
     from stackwise_jax.train.plan import make_plan
 
+    start_backend()
     plan = make_plan(config, None)
     table = Table(plan.tokens_per_step, plan.step_flops[0], peak_flops(None), matmul_flops("bf16"))
     print(

@@ -19,7 +19,7 @@ _AT_LEAST: dict[str, float] = {
     "training.progressive.rebuild_every": 1, "training.fusion.unfreeze_phases": 1,
     "training.fusion.trunk_learning_rate_scale": 0, "training.fusion.learning_rate_scale": 0,
     "training.block_group": 1, "training.batch_size": 1, "training.accumulation_steps": 1,
-    "training.loss_chunk_tokens": 1, "training.unroll_blocks": 1,
+    "training.embedding_learning_rate_scale": 0, "training.loss_chunk_tokens": 1, "training.unroll_blocks": 1,
     "training.adapters.rank": 1, "training.adapters.alpha": 0, "training.adapters.learning_rate_scale": 0,
     "optimizer.learning_rate": 0, "optimizer.muon_learning_rate": 0, "optimizer.head_learning_rate_scale": 0,
     "optimizer.epsilon": 0, "optimizer.weight_decay": 0,

@@ -26,6 +26,7 @@ from stackwise_jax.models.stack import Body
 from stackwise_jax.schema import MeshConfig
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+TRITON_FLAG = "xla_gpu_enable_triton_gemm"
 
 # The weights that are cut: all that are matrices in models/weights.py, by the last part of their name, and the parts of
 # one that has an adapter.
@@ -227,8 +228,11 @@ def start_backend() -> None:
     Compiled programs are kept, so that the next start finds them: in $STACKWISE_CACHE/compiled, unless
     JAX_COMPILATION_CACHE_DIR names another folder or JAX_ENABLE_COMPILATION_CACHE=false forbids it. JAX's pool of
     pinned host memory may take three quarters of the host's, where it would stop at 64 GiB, unless
-    XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set.
+    XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set. Matmuls go to the vendor's library alone, unless XLA_FLAGS says otherwise:
+    timing Triton's for fp8 operands of a large block takes minutes, and none of them wins.
     """
+    if TRITON_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{TRITON_FLAG}=false".strip()
     if jax.config.jax_compilation_cache_dir is None:
         root = Path(os.environ.get("STACKWISE_CACHE") or "~/.cache/stackwise_jax").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))

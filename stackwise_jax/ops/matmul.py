@@ -32,8 +32,8 @@ def matmul(
     A `LowRank` weight multiplies as its base and, beside it, through its rank, which is too narrow to gain from fp8.
     """
     if isinstance(weight, LowRank):
-        beside = matmul(matmul(x, weight.a, dtype=dtype), weight.b, dtype=dtype)
-        return matmul(x, settled(weight.base), dtype=dtype, in_fp8=in_fp8) + weight.scale * beside
+        beside = matmul(weight.scale * matmul(x, weight.a, dtype=dtype), weight.b, dtype=dtype)
+        return matmul(x, settled(weight.base), dtype=dtype, in_fp8=in_fp8) + beside
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
         product = _through_quantised(rows, weight, in_fp8)
@@ -56,6 +56,8 @@ def _forward(rows: Float[Array, "M D"], weight: Quantised, in_fp8: bool) -> tupl
 
 
 def _backward(in_fp8: bool, weight: Quantised, gradient: Float[Array, "M F"]) -> tuple[Array, None]:
+    # The compiler would find this decoding equal to the first, and keep every decoded matrix until here.
+    weight, gradient = jax.lax.optimization_barrier((weight, gradient))
     decoded = decode(weight, gradient.dtype)
     return fp8_gradient_of_rows(gradient, decoded) if in_fp8 else jnp.matmul(gradient, decoded.T), None
 

@@ -152,7 +152,9 @@ def _embedding_phase(config: RunConfig) -> list[Phase]:
         return []
     steps = _steps(config, training.embedding_budget, "embedding_budget")
     branches = _branches(config, (), embedding=LIVE, head=LIVE)
-    return [Phase("embedding", branches, steps, unties_head=training.head == "copy")]
+    scale = training.embedding_learning_rate_scale
+    rates: tuple[tuple[Name, float], ...] = () if scale == 1.0 else (("embedding", scale), ("head", scale))
+    return [Phase("embedding", branches, steps, unties_head=training.head == "copy", rates=rates)]
 
 
 def _independent(config: RunConfig) -> list[Phase]:
