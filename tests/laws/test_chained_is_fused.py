@@ -171,6 +171,28 @@ def test_depth_compiles_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(traced) == 6
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_boundaries_are_let_go_as_they_are_used(keeps: bool, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each stack is pulled back there is one array of activations less; the twin keeps what it has seen."""
+    program, signature, live, frozen, batch, x = setting(tiny, "adapters alone, 4 bits")
+    own = dataclasses.replace(signature, body=signature.body * 4, ranks=signature.ranks * 4)
+    live, frozen = {"adapters": live["adapters"] * 4}, {**frozen, "frozen_stacks": frozen["frozen_stacks"] * 4}
+    programs = ChainPrograms(program)
+    pull: Any = programs.pull
+    seen: list[Any] = []
+    counts = []
+
+    def watched(*args: Any) -> Any:
+        counts.append(sum(array.shape == x.shape for array in jax.live_arrays()) - others)
+        seen.extend(args[3:4] * keeps)
+        return pull(*args)
+
+    monkeypatch.setattr(programs, "pull", watched)
+    others = sum(array.shape == x.shape for array in jax.live_arrays()) - 1  # x is the first boundary
+    ChainedGradients(programs, own)(live, frozen, batch, x, None)
+    assert counts == ([5, 5, 5, 5] if keeps else [5, 4, 3, 2])
+
+
 def test_chained_step_is_fused_step(tiny: Any) -> None:
     program, signature, live, frozen, batch, x = setting(tiny, "all live, tied")
     transforms = make_transforms(program.config, scales_head=False)
