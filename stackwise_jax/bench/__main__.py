@@ -1,18 +1,20 @@
 """`python -m stackwise_jax.bench NAME [--flags]`: measures one claim on this machine and prints the figures.
 
 Names: step (the train step, its share of the peak, and PyTorch beside it), block (one live block of a large model,
-beside PyTorch's), depth (what a layer-wise step costs at
-depth k against depth 2), cache (what each tier of the activation cache adds to a step),
-compare (ways of training one model at equal FLOPs).
+beside PyTorch's), run70b (a large rack trained, saved and read),
+qlora (adapters trained through a whole frozen rack), depth (what a layer-wise step costs at depth k
+against depth 2), cache (what each tier of the activation cache adds to a step), compare (ways of training one model at
+equal FLOPs).
 """
 
 import sys
 
-from stackwise_jax.bench import block, cache, compare, depth, run70b, step
+from stackwise_jax.bench import block, cache, compare, depth, qlora, run70b, step
 from stackwise_jax.command import run_command
 from stackwise_jax.errors import UserError, did_you_mean, one_line_errors
 
-BENCHMARKS = {"step": step, "block": block, "run70b": run70b, "depth": depth, "cache": cache, "compare": compare}
+_MODULES = (step, block, run70b, qlora, depth, cache, compare)
+BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
 
 def main(argv: list[str]) -> None:

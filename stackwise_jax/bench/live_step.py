@@ -35,8 +35,8 @@ class CompiledStep:
         self.index += 1
         return metrics
 
-    def time(self, steps: int) -> tuple[float, float]:
-        """(median seconds a step, the last loss) of `steps` after `WARMUP_STEPS` more.
+    def time(self, steps: int, warmup: int = WARMUP_STEPS) -> tuple[float, float]:
+        """(median seconds a step, the last loss) of `steps` after `warmup` more.
 
         Every step is issued before the one ahead of it is waited for, as the loop does, so that the device never idles.
         """
@@ -45,7 +45,7 @@ class CompiledStep:
 
         pending: Any = None
         ends = []
-        for _ in range(WARMUP_STEPS + steps + 1):
+        for _ in range(warmup + steps + 1):
             metrics = self.run()
             if pending is not None:
                 jax.block_until_ready(pending)
@@ -53,7 +53,7 @@ class CompiledStep:
             pending = metrics
         loss = float(pending["loss"])
         ends.append(time.perf_counter())
-        return statistics.median(np.diff(ends)[WARMUP_STEPS:].tolist()), loss
+        return statistics.median(np.diff(ends)[warmup:].tolist()), loss
 
     def profile(self) -> str:
         """The kernels of a step, as text."""

@@ -1,6 +1,8 @@
 """A branch of a phase under way: its compiled step and evaluation, on its part of the run's state."""
 
+import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +10,8 @@ import numpy as np
 from jaxtyping import Array
 
 from stackwise_jax.objectives.objective import Task
-from stackwise_jax.train.chained import make_chained_step
+from stackwise_jax.train.chain_programs import ChainPrograms
+from stackwise_jax.train.chained import make_chained_evaluation, make_chained_step
 from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature
 from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import Frozen, TrainState, joined, part_names, split
@@ -16,19 +19,40 @@ from stackwise_jax.train.step import make_evaluation, make_train_step
 from stackwise_jax.train.trunk import TrunkInputs, timing_of
 from stackwise_jax.types import Batch, Params
 
-MAKE_STEP = {"fused": make_train_step, "chained": make_chained_step}
+
+@dataclasses.dataclass(eq=False)
+class OnDevice:
+    """A settled part on the devices, for as long as somebody holds this."""
+
+    tree: Params
 
 
 class Compiled:
-    """The compiled functions of a run, made when they are first needed and kept by signature."""
+    """The compiled functions of a run, made when they are first needed and kept by signature, and what they share."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.step = functools.cache(self._make_step)
-        self.evaluation = functools.cache(functools.partial(make_evaluation, program))
+        self.evaluation = functools.cache(self._make_evaluation)
+        self._chain = functools.cache(lambda: ChainPrograms(program))
+        self._on_device: weakref.WeakValueDictionary[tuple[str, str], OnDevice] = weakref.WeakValueDictionary()
 
     def _make_step(self, signature: Signature) -> Any:
-        return MAKE_STEP[signature.execution](self.program, signature)
+        if signature.execution == "chained":
+            return make_chained_step(self._chain(), signature)
+        return make_train_step(self.program, signature)
+
+    def _make_evaluation(self, signature: Signature) -> Any:
+        if signature.execution == "chained":
+            return make_chained_evaluation(self._chain(), signature)
+        return make_evaluation(self.program, signature)
+
+    def settled(self, name: Name, frozen: Frozen) -> OnDevice:
+        """A frozen part on the devices, once however many branches run through it."""
+        key = (str(name), frozen.digests[str(name)])
+        if (found := self._on_device.get(key)) is None:
+            found = self._on_device[key] = OnDevice(self.program.placement.to_weights(frozen.part(name)))
+        return found
 
 
 class BranchRun:
@@ -48,11 +72,22 @@ class BranchRun:
         signature: Signature,
     ) -> None:
         self.branch, self.rate_names = branch, update_order(branch)
-        self._compiled, self._inputs, self._frozen = compiled, inputs, frozen
+        self._compiled, self._inputs = compiled, inputs
         self._phase, self._signature = phase, signature
         self._names, self._all_names = part_names(branch), part_names(phase)
-        lent = {stack for stack, role in branch.body if role is not Role.LIVE} & set(phase.live_stacks)
+        not_live = {stack for stack, role in branch.body if role is not Role.LIVE}
+        lent = not_live & set(phase.live_stacks)
+        own = {"head"} if branch.head is Role.FROZEN else set[Name]()
+        own |= {"embedding"} if branch.embedding is Role.FROZEN and self._reads_embedding else set[Name]()
+        self._held = {name: compiled.settled(name, frozen) for name in sorted((not_live - lent) | own, key=str)}
+        self._timing = compiled.program.placement.to_weights(timing_of(frozen.embedding or {}))
         self._settled = None if lent else self._settled_parts(None)  # what another branch trains changes every step
+
+    @property
+    def _reads_embedding(self) -> bool:
+        """Something after the trunk reads the embedding, were it frozen."""
+        consistency = self._compiled.program.config.objective.consistency
+        return not self._signature.head_has_table or consistency > 0.0
 
     def update(
         self, state: TrainState, batch: Batch, activations: Array | None, scalars: tuple[Any, ...]
@@ -79,23 +114,20 @@ class BranchRun:
 
     def _settled_parts(self, state: TrainState | None) -> Params:
         """What the step runs through: only what it needs, so that equal signatures see equal trees."""
-        branch, frozen, config = self.branch, self._frozen, self._compiled.program.config
+        held, branch = self._held, self.branch
         live = {} if state is None else dict(zip(self._phase.live_stacks, state.params["stacks"], strict=True))
-        place = self._compiled.program.placement
         parts: Params = {
             "frozen_stacks": [
-                live[stack] if stack in live else place.to_weights(frozen.stacks[stack])
+                live[stack] if stack in live else held[stack].tree
                 for stack, role in branch.body
                 if role is not Role.LIVE
             ]
         }
         if branch.head is Role.FROZEN:
-            parts["head"] = place.to_weights(frozen.head)
+            parts["head"] = held["head"].tree
         if branch.embedding is Role.FROZEN:
-            assert frozen.embedding is not None
-            is_read = not self._signature.head_has_table or config.objective.consistency > 0.0
-            embedding = frozen.embedding if is_read else timing_of(frozen.embedding)
-            parts |= {"embedding": place.to_weights(embedding)} if embedding else {}
+            embedding = held["embedding"].tree if self._reads_embedding else self._timing
+            parts |= {"embedding": embedding} if embedding else {}
         return parts
 
 

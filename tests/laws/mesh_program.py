@@ -31,6 +31,7 @@ from stackwise_jax.models.rack import init_rack
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.schema import MeshConfig, RunConfig
 from stackwise_jax.train import loop
+from stackwise_jax.train.chain_programs import ChainPrograms
 from stackwise_jax.train.chained import ChainedGradients
 from stackwise_jax.train.optimizer import init_part, make_transforms, update_part
 from stackwise_jax.train.phases import Role, Signature
@@ -74,7 +75,8 @@ def gradients(config: RunConfig, mesh: MeshConfig, *, chained: bool = False) -> 
     rack = init_rack(jax.random.key(3), config.model, (2,))
     place = program.placement
     key = program.dropout_key(jnp.int32(7))
-    make = ChainedGradients(program, SIGNATURE) if chained else jax.jit(make_gradients(program, SIGNATURE))
+    fused, of_chain = jax.jit(make_gradients(program, SIGNATURE)), ChainedGradients(ChainPrograms(program), SIGNATURE)
+    make = of_chain if chained else fused
     return make(place.to_weights(rack), {"frozen_stacks": []}, place.to_rows(batch), None, key)
 
 

@@ -8,15 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stackwise_jax.memory.precision import to_storage
 from stackwise_jax.models.adapters import init_adapter
 from stackwise_jax.models.rack import init_rack
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.chained import ChainedGradients, make_chained_step
+from stackwise_jax.train import optimizer
+from stackwise_jax.train.chain_programs import ChainPrograms
+from stackwise_jax.train.chained import ChainedGradients, make_chained_evaluation, make_chained_step
 from stackwise_jax.train.optimizer import init_part, make_transforms
 from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.train.step import make_gradients, make_train_step
+from stackwise_jax.train.step import make_evaluation, make_gradients, make_train_step
 from stackwise_jax.types import Batch, Params, Vocabulary
 
 LIVE, FROZEN, ADAPTER = Role.LIVE, Role.FROZEN, Role.ADAPTER
@@ -46,6 +49,7 @@ PATHS = {
     ),
     "frozen head and tail, remat": ({"training__remat": "full"}, ((2, LIVE), (1, FROZEN)), FROZEN, FROZEN, True),
     "adapters before and after": ({}, ((1, ADAPTER), (2, LIVE), (1, ADAPTER)), FROZEN, LIVE, True),
+    "adapters alone, 4 bits": ({"precision__trunk": "nf4"}, ((1, ADAPTER),), FROZEN, FROZEN, True),
     "consistency, time, tail": (PULLED, ((1, LIVE), (1, LIVE), (2, FROZEN)), FROZEN, LIVE, True),
 }
 
@@ -58,7 +62,8 @@ def setting(tiny: Any, path: str) -> tuple[Program, Signature, Params, Params, B
     signature = Signature(embedding is FROZEN, body, embedding, head, has_table, "fused", program.task, ranks)
     rack = init_rack(jax.random.key(3), config.model, tuple(blocks for blocks, _ in body))
     live: Params = {"stacks": [s for s, (_, role) in zip(rack["stacks"], body, strict=True) if role is LIVE]}
-    frozen: Params = {"frozen_stacks": [s for s, (_, r) in zip(rack["stacks"], body, strict=True) if r is not LIVE]}
+    settled = [s for s, (_, role) in zip(rack["stacks"], body, strict=True) if role is not LIVE]
+    frozen: Params = {"frozen_stacks": [to_storage(stack, config.precision.trunk) for stack in settled]}
     adapted = [blocks for blocks, role in body if role is ADAPTER]
     if adapted:
         live["adapters"] = [drawn_adapter(config, number, blocks) for number, blocks in enumerate(adapted)]
@@ -75,9 +80,9 @@ def setting(tiny: Any, path: str) -> tuple[Program, Signature, Params, Params, B
     return program, signature, live, frozen, batch, x
 
 
-def drawn_adapter(config: RunConfig, number: int, blocks: int) -> Params:
+def drawn_adapter(config: RunConfig, number: int, blocks: int, rank: int = 4) -> Params:
     """An adapter that does something: none of its matrices is zero."""
-    adapter = init_adapter(jax.random.key(5), config.model, number, blocks, rank=4, targets="all")
+    adapter = init_adapter(jax.random.key(5), config.model, number, blocks, rank=rank, targets="all")
     return jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(6), leaf.shape), adapter)
 
 
@@ -93,7 +98,7 @@ def test_chained_gradients_are_fused_gradients(path: str, tiny: Any) -> None:
     program, signature, live, frozen, batch, x = setting(tiny, path)
     key = program.dropout_key(jnp.int32(7))
     fused = jax.jit(make_gradients(program, signature))(live, frozen, batch, x, key)
-    chained = ChainedGradients(program, signature)(live, frozen, batch, x, key)
+    chained = ChainedGradients(ChainPrograms(program), signature)(live, frozen, batch, x, key)
     assert relative_difference(chained, fused) < 2e-5
 
 
@@ -101,11 +106,12 @@ def test_chained_gradients_detect_a_missing_boundary(tiny: Any, monkeypatch: pyt
     """The twin: every stack is pulled back at the first stack's input."""
     program, signature, live, frozen, batch, x = setting(tiny, "all live, tied")
     fused = jax.jit(make_gradients(program, signature))(live, frozen, batch, x, None)
-    chain = ChainedGradients(program, signature)
+    chain = ChainedGradients(ChainPrograms(program), signature)
     first: list[Any] = []
-    original = chain._vjp
-    chain._forward = (lambda forward: lambda *args: first.append(args[3]) or forward(*args))(chain._forward)
-    chain._vjp = lambda role, own, settled, boundary, *rest: original(role, own, settled, first[0], *rest)
+    forward: Any = chain.programs.forward
+    pull: Any = chain.programs.pull
+    monkeypatch.setattr(chain.programs, "forward", lambda *args: first.append(args[3]) or forward(*args))
+    monkeypatch.setattr(chain.programs, "pull", lambda *args: pull(*args[:3], first[0], *args[4:]))
     assert relative_difference(chain(live, frozen, batch, x, None), fused) > 1e-3
 
 
@@ -122,15 +128,76 @@ def test_the_law_reaches_adapters_and_the_penalty(path: str, changed: str, tiny:
         training=dataclasses.replace(training, adapters=dataclasses.replace(training.adapters, alpha=1.0)),
         objective=dataclasses.replace(objective, consistency=objective.consistency / 100.0),
     )
-    chained = ChainedGradients(dataclasses.replace(program, config=other), signature)(live, frozen, batch, x, None)
+    chained = ChainedGradients(ChainPrograms(dataclasses.replace(program, config=other)), signature)(
+        live, frozen, batch, x, None
+    )
     assert relative_difference(chained[0][changed], fused[0][changed]) > 1e-3
+
+
+def test_chained_evaluation_is_fused_evaluation(tiny: Any) -> None:
+    """And the twin: one of other adapters is not."""
+    program, signature, live, frozen, batch, x = setting(tiny, "adapters before and after")
+    fused = make_evaluation(program, signature)(live, frozen, batch, x)
+    evaluate = make_chained_evaluation(ChainPrograms(program), signature)
+    assert relative_difference(evaluate(live, frozen, batch, x), fused) < 2e-6
+    larger = {**live, "adapters": jax.tree.map(lambda leaf: 10.0 * leaf, live["adapters"])}
+    assert relative_difference(evaluate(larger, frozen, batch, x), fused) > 2e-4
+
+
+def test_depth_compiles_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward, one backward and one update are traced for adapters of a rank; the twin: another rank."""
+    traced: list[str] = []
+    for owner, name in ((Program, "apply_stack"), (optimizer, "update_part")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, f=original, n=name: traced.append(n) or f(*args))
+    program, signature, _, frozen, batch, x = setting(tiny, "adapters alone, 4 bits")
+    programs, transforms = ChainPrograms(program), make_transforms(program.config, scales_head=False)
+
+    def step(ranks: list[int]) -> None:
+        depth = len(ranks)
+        own = dataclasses.replace(signature, body=signature.body * depth, ranks=tuple(ranks))
+        adapters = [drawn_adapter(program.config, 0, 1, rank) for rank in ranks]
+        state = TrainState({"adapters": adapters}, {"adapters": init_part(transforms, "adapters", adapters)})
+        stacks = {**frozen, "frozen_stacks": frozen["frozen_stacks"] * depth}
+        numbers = np.ones(depth, np.float32), np.array(0, np.int32)
+        state, _ = make_chained_step(programs, own)(state, stacks, batch, x, *numbers)
+        make_chained_evaluation(programs, own)(state.params, stacks, batch, x)
+
+    step([4])
+    assert sorted(traced) == ["apply_stack", "apply_stack", "update_part"]
+    step([4, 4, 4])
+    assert len(traced) == 3
+    step([4, 2])
+    assert len(traced) == 6
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_boundaries_are_let_go_as_they_are_used(keeps: bool, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each stack is pulled back there is one array of activations less; the twin keeps what it has seen."""
+    program, signature, live, frozen, batch, x = setting(tiny, "adapters alone, 4 bits")
+    own = dataclasses.replace(signature, body=signature.body * 4, ranks=signature.ranks * 4)
+    live, frozen = {"adapters": live["adapters"] * 4}, {**frozen, "frozen_stacks": frozen["frozen_stacks"] * 4}
+    programs = ChainPrograms(program)
+    pull: Any = programs.pull
+    seen: list[Any] = []
+    counts = []
+
+    def watched(*args: Any) -> Any:
+        counts.append(sum(array.shape == x.shape for array in jax.live_arrays()) - others)
+        seen.extend(args[3:4] * keeps)
+        return pull(*args)
+
+    monkeypatch.setattr(programs, "pull", watched)
+    others = sum(array.shape == x.shape for array in jax.live_arrays()) - 1  # x is the first boundary
+    ChainedGradients(programs, own)(live, frozen, batch, x, None)
+    assert counts == ([5, 5, 5, 5] if keeps else [5, 4, 3, 2])
 
 
 def test_chained_step_is_fused_step(tiny: Any) -> None:
     program, signature, live, frozen, batch, x = setting(tiny, "all live, tied")
     transforms = make_transforms(program.config, scales_head=False)
     results = []
-    for make in (make_train_step, make_chained_step):
+    for make in (make_train_step, lambda program, *rest: make_chained_step(ChainPrograms(program), *rest)):
         params = jax.tree.map(jnp.copy, live)
         state = TrainState(params, {name: init_part(transforms, name, part) for name, part in params.items()})
         execution = dataclasses.replace(signature, execution="chained")

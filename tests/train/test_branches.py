@@ -10,9 +10,11 @@ import pytest
 
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.train import loop
-from stackwise_jax.train.branches import BranchRun, held_out_figures
+from stackwise_jax.train.branches import BranchRun, Compiled, held_out_figures
 from stackwise_jax.train.phases import Branch, Role
-from stackwise_jax.train.state import TrainState, part_names, split
+from stackwise_jax.train.program import Program
+from stackwise_jax.train.state import Frozen, TrainState, part_names, split
+from stackwise_jax.types import Vocabulary
 
 LIVE = Role.LIVE
 MASKED = {"model__attention": "bidirectional", "objective__name": "diffusion"}
@@ -157,3 +159,17 @@ def test_one_causal_branch_is_told_in_bits_per_byte() -> None:
     figures = held_out_figures([causal], [(np.log(2.0) * 12.0, 4.0)], lambda task: {"clm": 6}[task.objective])
     assert figures == {"loss": pytest.approx(3.0 * np.log(2.0)), "bits_per_byte": pytest.approx(2.0)}
     assert held_out_figures([BAND], [(0.0, 0.0)], lambda _: 0) == {"loss": 0.0}
+
+
+def test_a_settled_part_lies_on_the_device_once_and_not_for_ever(tiny: Any) -> None:
+    compiled = Compiled(Program(tiny(), Vocabulary(320, 4, (0, 1, 2, 3, 4)), n_rows=8))
+    frozen = Frozen()
+    frozen.keep("stacks", "0", {"kernel": np.zeros((1, 2, 2), np.float32)}, "first")
+    held = [compiled.settled(0, frozen) for _ in range(2)]
+    assert held[0] is held[1]
+    assert isinstance(held[0].tree["kernel"], jax.Array)
+    frozen.keep("stacks", "0", {"kernel": np.ones((1, 2, 2), np.float32)}, "second")
+    assert compiled.settled(0, frozen).tree["kernel"].all()  # the twin: another stack of that number
+    before = len(jax.live_arrays())
+    held.clear()
+    assert len(jax.live_arrays()) == before - 1

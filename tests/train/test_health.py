@@ -24,7 +24,7 @@ def config(tiny: Any) -> Any:
 
 def spoil_step(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Any, Any], tuple[Any, Any]]) -> None:
     """Has the result of update number `at`, counted from 1, go through `spoil`."""
-    make = branches.MAKE_STEP["fused"]
+    make = branches.make_train_step
 
     def make_spoiled(*args: Any) -> Any:
         step_function = make(*args)
@@ -35,7 +35,7 @@ def spoil_step(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Any, A
 
         return step
 
-    monkeypatch.setitem(branches.MAKE_STEP, "fused", make_spoiled)
+    monkeypatch.setattr(branches, "make_train_step", make_spoiled)
 
 
 def metric(name: str, value: float) -> Callable[[Any, Any], tuple[Any, Any]]:

@@ -19,6 +19,7 @@ from stackwise_jax.memory.fingerprint import tree_digest
 from stackwise_jax.memory.precision import from_storage
 from stackwise_jax.models.rack import init_rack
 from stackwise_jax.train import loop, scaling
+from stackwise_jax.train.chain_programs import ChainPrograms
 from stackwise_jax.train.chained import make_chained_step
 from stackwise_jax.train.health import read_metrics
 from stackwise_jax.train.optimizer import init_part, make_transforms
@@ -168,7 +169,7 @@ def programs(tiny: Any) -> dict[str, Any]:
 
     return {
         "fused": stepping(make_train_step, "fp16"),
-        "chained": stepping(make_chained_step, "fp16"),
+        "chained": stepping(lambda program, *rest: make_chained_step(ChainPrograms(program), *rest), "fp16"),
         "fp32": stepping(make_train_step, "fp32"),
     }
 

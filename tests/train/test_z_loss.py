@@ -9,7 +9,8 @@ import pytest
 
 from stackwise_jax.models.rack import apply_rack, init_rack
 from stackwise_jax.objectives.objective import Task
-from stackwise_jax.train.chained import ChainedGradients
+from stackwise_jax.train.chain_programs import ChainPrograms
+from stackwise_jax.train.chained import ChainedGradients, make_chained_evaluation
 from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.program import Program
 from stackwise_jax.train.step import make_evaluation, make_gradients
@@ -27,9 +28,12 @@ def test_training_counts_it_and_evaluation_does_not(execution: str, tiny: Any):
     tokens = jax.random.randint(jax.random.key(1), (4, 32), 5, 320)
     ones, places = jnp.ones((4, 32), jnp.int32), jnp.broadcast_to(jnp.arange(32)[None], (4, 32))
     batch = Batch(tokens, ones, places, jnp.arange(4), jnp.zeros(4, int))
-    make = ChainedGradients if execution == "chained" else lambda *args: jax.jit(make_gradients(*args))
-    _, trained, weight = make(program, SIGNATURE)(rack, frozen, batch, None, None)
-    measured, same_weight = make_evaluation(program, SIGNATURE)(rack, frozen, batch, None)
+    chained, fused = ChainedGradients(ChainPrograms(program), SIGNATURE), jax.jit(make_gradients(program, SIGNATURE))
+    gradients = chained if execution == "chained" else fused
+    _, trained, weight = gradients(rack, frozen, batch, None, None)
+    evaluations = {"fused": (make_evaluation, program), "chained": (make_chained_evaluation, ChainPrograms(program))}
+    make, programs = evaluations[execution]
+    measured, same_weight = make(programs, SIGNATURE)(rack, frozen, batch, None)
 
     example = program.corrupt(program.task, batch)
     hidden = apply_rack(
