@@ -83,7 +83,7 @@ def config_flags(options: Any) -> list[str]:
 
 def step_command(options: Any, path: Path) -> list[str]:
     """The bare step of the run's second stack, its head included."""
-    changes = [f"--set={change}" for change in options.set if not change.startswith("data.")]
+    changes = [f"--set={change}" for change in options.set if not change.startswith(("data.prepared", "data.source"))]
     command = [sys.executable, "-m", "stackwise_jax.bench", "block", "--notorch", "--head", "--rows=fp8"]
     return [*command, f"--size={options.size}", f"--json={path}", "--set=training.loss_fraction=0.25", *changes]
 
