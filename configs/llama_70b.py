@@ -34,6 +34,7 @@ def get_config(size: str = "70b") -> Any:
     config.training.embedding_learning_rate_scale = 10.0
     config.training.phase_budget = "20M tokens"
     config.training.progressive.new_stack = "silent"
+    config.training.progressive.learning_rate_decay = 0.96  # late stacks have less left to learn than to memorise
     config.training.progressive.new_stack_precision = "fp8"
     config.training.progressive.cache_activations = True
     config.optimizer.learning_rate = 1e-4

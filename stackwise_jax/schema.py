@@ -137,6 +137,7 @@ class ProgressiveConfig:
     new_stack: str = "drawn"  # beside settled ones: drawn | silent (it adds nothing yet: the loss goes on from theirs)
     new_stack_precision: str | None = None  # of live stacks: as precision.compute (None: the same), or fp8
     cache_activations: bool | None = None  # keep what the trunk puts out; None: wherever a path allows it
+    learning_rate_decay: float = 1.0  # from the phase of a stack to that of the next, of the stack's learning rate
     shares: str = ""  # of the updates of all stacks' phases, for each in turn: "0.7,0.1,0.1,0.1"; "": equal
     last_stacks: int = 0  # the last stacks are live in every phase and end its path; those between are skipped
     anchor_every: int | None = None  # every so many updates train the whole path; None: never
@@ -187,7 +188,7 @@ class TrainingConfig:
     head: str = "live"  # after the embedding is settled: live | frozen | copy (untie, then live)
     phase_budget: str = "200 steps"  # of each stack's phase (end_to_end: of the run); or "5M tokens"
     embedding_budget: str = "100 steps"  # of phase 0
-    embedding_learning_rate_scale: float = 1.0  # of optimizer.learning_rate, in phase 0
+    embedding_learning_rate_scale: float = 1.0  # of the embedding (the head's is not scaled), in phase 0
     batch_size: int = 16  # rows an update
     accumulation_steps: int = 1  # micro-batches an update
     remat: str = "none"  # none | dots (keep matmul outputs) | full (keep block inputs only)

@@ -35,7 +35,7 @@ _FRACTIONS = (
     "model.dropout", "data.validation_fraction", "objective.rate_min", "objective.rate_max",
     "objective.prefix_share", "objective.level_min", "objective.level_max", "optimizer.beta1",
     "optimizer.beta2", "optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
-    "generation.top_p", "generation.remask", "generation.threshold",
+    "training.progressive.learning_rate_decay", "generation.top_p", "generation.remask", "generation.threshold",
 )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def _embedding_phase(config: RunConfig) -> list[Phase]:
     steps = _steps(config, training.embedding_budget, "embedding_budget")
     branches = _branches(config, (), embedding=LIVE, head=LIVE)
     scale = training.embedding_learning_rate_scale
-    rates: tuple[tuple[Name, float], ...] = () if scale == 1.0 else (("embedding", scale), ("head", scale))
+    rates: tuple[tuple[Name, float], ...] = () if scale == 1.0 else (("embedding", scale),)
     return [Phase("embedding", branches, steps, unties_head=training.head == "copy", rates=rates)]
 
 
@@ -184,8 +184,8 @@ def _growing(config: RunConfig) -> list[Phase]:
     steps = _steps(config, training.phase_budget, "phase_budget") * len(order)
     shares = growing.phase_shares(progressive.shares, len(order), "training.progressive.shares")
     phases = _embedding_phase(config)
-    for number, share in zip(order, shares, strict=True):
-        unit, settling = units[number], not phases
+    for grown, (number, share) in enumerate(zip(order, shares, strict=True)):
+        unit, settling, scale = units[number], not phases, progressive.learning_rate_decay**grown
         head = FROZEN if training.head == "frozen" and not settling else LIVE
         branches = _unit_branches(config, unit, last, embedding=LIVE if settling else FROZEN, head=head)
         branches = tuple(dataclasses.replace(branch, band=edges[number]) for branch in branches)
@@ -194,6 +194,7 @@ def _growing(config: RunConfig) -> list[Phase]:
             branches=branches,
             steps=max(1, round(steps * share)),
             unties_head=settling and training.head == "copy",
+            rates=() if scale == 1.0 else tuple((stack, scale) for stack in unit),
         )
         phases += _in_stretches(phase, progressive.rebuild_every)
     return phases

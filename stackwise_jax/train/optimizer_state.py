@@ -52,7 +52,9 @@ def kept(
 
     def init(params: Any) -> KeptState:
         count = jnp.zeros((), jnp.int32)
-        return _store(inner.init(widened(params)), precision, jax.random.key_data(key), count, leading)
+        # The compiler would work out for seconds what zeros are rounded to.
+        fresh = jax.lax.optimization_barrier(inner.init(widened(params)))
+        return _store(fresh, precision, jax.random.key_data(key), count, leading)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, KeptState]:
         wide = None if params is None else widened(params)
