@@ -1,6 +1,6 @@
 """Every way of training one 12-block rack at the same FLOPs, beside smaller models trained end to end.
 
-Claim: what each curriculum costs in held-out loss and saves in memory (docs/results/, the newest equal-flops page).
+Claim: what each curriculum costs in held-out loss and saves in memory (docs/results/, the newest page of curricula).
 Rows: `end_to_end`; the controls `control_1`, `control_3`, `control_6`, so many blocks end to end; `layerwise`,
 `stackwise_4x3`, `stackwise_2x6`, each also with `_frozen_head`, `_joint` (then all stacks together), `_last` (the last
 stack live in every phase), `_anchor` (every fourth update end to end), `_front` (most updates for the first stack, with
