@@ -1,9 +1,10 @@
 """Every way of training one 12-block rack at the same FLOPs, beside smaller models trained end to end.
 
-Claim: what each curriculum costs in held-out loss and saves in memory (docs/results/, the newest equal-flops page).
+Claim: what each curriculum costs in held-out loss and saves in memory (docs/results/, the newest page of curricula).
 Rows: `end_to_end`; the controls `control_1`, `control_3`, `control_6`, so many blocks end to end; `layerwise`,
 `stackwise_4x3`, `stackwise_2x6`, each also with `_frozen_head`, `_joint` (then all stacks together), `_last` (the last
-stack live in every phase), `_anchor` (every fourth update end to end), `_front` (most updates for the first stack);
+stack live in every phase), `_anchor` (every fourth update end to end), `_front` (most updates for the first stack, with
+embedding and head), `_silent_front` (so, and every new stack begins by adding nothing);
 `late_1` and `late_3`, racks of so many blocks that are expanded to twelve once; `doubling`; `diffusion_12`,
 `diffusion_6`, `diffusion_3`, masked diffusion end to end; `depth_independent`, `depth_right_to_left`,
 `depth_left_to_right`, four bands of three blocks. `ROW@2e-3` is a row at another rate, `ROW#1` of another seed.
@@ -24,7 +25,9 @@ TOKENS = 25_000_000  # that the row end_to_end sees; every other row takes as ma
 EMBEDDING_SHARE = 0.06  # of the FLOPs of a growing row: phase 0
 FUSION_SHARE = 0.3  # of the FLOPs of a `_joint` row: all stacks together
 DIFFUSION = {"objective.name": "diffusion", "model.attention": "bidirectional"}
-DEPTH = {**DIFFUSION, "objective.time": "depth", "objective.n_bands": 4}
+DEPTH = {
+    **DIFFUSION, "objective.time": "depth", "objective.n_bands": 4, "training.embedding_phase": "with_first_stack"
+}  # fmt: skip
 ALL_LIVE = {"training.progressive.trunk_strategy": "full", "training.growth.operator": "copy"}
 
 
@@ -44,13 +47,15 @@ GROWN = {
     "stackwise_4x3": Row("stackwise", 4, 3, 7e-4),
     "stackwise_2x6": Row("stackwise", 2, 6, 5e-4),
 }
+WITH_FIRST = {"training.embedding_phase": "with_first_stack", "training.progressive.cache_activations": False}
 # What may be added to a growing row.
 REMEDIES: dict[str, dict[str, Any]] = {
     "_frozen_head": {"training.head": "frozen"},
     "_joint": {"training.fusion.budget": "1 steps", "training.fusion.learning_rate_scale": 0.5},
     "_last": {"training.progressive.last_stacks": 1},
     "_anchor": {"training.progressive.anchor_every": 4},
-    "_front": {"training.embedding_phase": "with_first_stack", "training.progressive.cache_activations": False},
+    "_front": WITH_FIRST,
+    "_silent_front": {**WITH_FIRST, "training.progressive.new_stack": "silent"},
 }
 FRONT = 0.75  # of the updates, for the first stack with embedding and head; too few are left for a cache to pay
 ROWS = {
@@ -65,10 +70,7 @@ ROWS = {
     "diffusion_12": Row("end_to_end", 1, 12, 6e-4, DIFFUSION),
     "diffusion_6": Row("end_to_end", 1, 6, 8e-4, DIFFUSION),
     "diffusion_3": Row("end_to_end", 1, 3, 1e-3, DIFFUSION),
-    "depth_independent": Row(
-        "stackwise", 4, 3, 1e-3,
-        {**DEPTH, "training.progressive.direction": "independent", "training.embedding_phase": "with_first_stack"},
-    ),
+    "depth_independent": Row("stackwise", 4, 3, 1e-3, {**DEPTH, "training.progressive.direction": "independent"}),
     "depth_right_to_left": Row("stackwise", 4, 3, 1e-3, {**DEPTH, "training.progressive.direction": "right_to_left"}),
     "depth_left_to_right": Row(
         "stackwise", 4, 3, 1e-3, {**DEPTH, "training.progressive.cache_activations": False}
@@ -111,7 +113,7 @@ def _entries(name: str) -> Any:
     entries.checkpoint.keep = 1
     entries.evaluation.rows = 512
     entries.update_from_flattened_dict({**row.overrides, **REMEDIES.get(remedy, {})})
-    if remedy == "_front":
+    if remedy.endswith("_front"):
         others = (1.0 - FRONT) / (row.stacks - 1)
         entries.training.progressive.shares = ",".join([str(FRONT), *[f"{others:.6g}"] * (row.stacks - 1)])
     return entries

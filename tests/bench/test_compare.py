@@ -28,7 +28,7 @@ def test_every_row_of_the_comparison_takes_equal_flops():
     source = compare.load_rows(CONFIG)
     flops = {name: training_flops(compare.make_row(source, name, [])) for name in source["NAMES"]}
     assert all(abs(of / flops["end_to_end"] - 1) < 0.005 for of in flops.values()), flops
-    assert len(flops) == 31
+    assert len(flops) == 34
 
 
 def test_flops_stay_equal_under_overrides_and_another_corpus():
