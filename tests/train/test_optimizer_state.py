@@ -139,8 +139,8 @@ def in_float32() -> dict[str, float]:
 
 
 def limit(in_float32: float) -> float:
-    """A quarter more, and what sixteen bits of the weights themselves cost."""
-    return 1.25 * in_float32 + 3e-5
+    """Half as much again, and what sixteen bits of the weights themselves cost; seeds differ by a fifth."""
+    return 1.5 * in_float32 + 3e-5
 
 
 @pytest.mark.parametrize("own", [ADAMW, MUON], ids=["adamw", "muon"])
