@@ -185,7 +185,7 @@ def _growing(config: RunConfig) -> list[Phase]:
     shares = growing.phase_shares(progressive.shares, len(order), "training.progressive.shares")
     phases = _embedding_phase(config)
     for grown, (number, share) in enumerate(zip(order, shares, strict=True)):
-        unit, settling, scale = units[number], not phases, progressive.learning_rate_decay**grown
+        unit, settling = units[number], not phases
         head = FROZEN if training.head == "frozen" and not settling else LIVE
         branches = _unit_branches(config, unit, last, embedding=LIVE if settling else FROZEN, head=head)
         branches = tuple(dataclasses.replace(branch, band=edges[number]) for branch in branches)
@@ -194,10 +194,25 @@ def _growing(config: RunConfig) -> list[Phase]:
             branches=branches,
             steps=max(1, round(steps * share)),
             unties_head=settling and training.head == "copy",
-            rates=() if scale == 1.0 else tuple((stack, scale) for stack in unit),
+            rates=_growing_rates(config, branches, unit, grown),
         )
         phases += _in_stretches(phase, progressive.rebuild_every)
     return phases
+
+
+def _growing_rates(
+    config: RunConfig, branches: tuple[Branch, ...], unit: tuple[int, ...], grown: int
+) -> tuple[tuple[Name, float], ...]:
+    """Of the new stacks, by their depth; of stacks that anchors alone move, by how seldom these come.
+
+    At the full rate they would move as far in one update as the rest does in all those between two anchors, under it.
+    """
+    progressive = config.training.progressive
+    rates: dict[Name, float] = dict.fromkeys(unit, progressive.learning_rate_decay**grown)
+    for anchor in branches[1:] if progressive.anchor_every is not None else ():
+        by_anchors = set(anchor.live_stacks) - set(branches[0].live_stacks)
+        rates |= dict.fromkeys(by_anchors, 1.0 / progressive.anchor_every)
+    return tuple((name, rate) for name, rate in sorted(rates.items(), key=str) if rate != 1.0)
 
 
 def _unit_branches(

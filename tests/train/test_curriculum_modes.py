@@ -370,3 +370,18 @@ def test_bands_cover_the_rack_and_the_range(fields: tuple[dict[str, Any], int]):
     phases = make_curriculum(config)
     trained = [(own.live_stacks, own.band) for phase in phases for own in phase.branches if own.path]
     assert sorted(trained) == sorted(zip(units, edges, strict=True))
+
+
+def test_stacks_that_anchors_alone_move_go_by_a_share_of_the_rate(tiny: Any) -> None:
+    anchored = {"training__progressive__anchor_every": 4, "training__progressive__cache_activations": False}
+    phases = make_curriculum(tiny(training__mode="layerwise", model__architecture__n_stacks=3, **anchored))
+    *_, last = phases
+    assert [last.rate(stack) for stack in range(3)] == [0.25, 0.25, 1.0]
+    assert all(phase.rate(name) == 1.0 for phase in phases[:2] for name in phase.live_names)
+
+
+def test_rates_fall_with_depth(tiny: Any) -> None:
+    decay = {"training__progressive__learning_rate_decay": 0.5, "training__embedding_learning_rate_scale": 3.0}
+    phases = make_curriculum(tiny(training__mode="layerwise", model__architecture__n_stacks=3, **decay))
+    assert [phase.rate(stack) for stack, phase in enumerate(phases[1:])] == [1.0, 0.5, 0.25]
+    assert (phases[0].rate("embedding"), phases[0].rate("head"), phases[1].rate("embedding")) == (3.0, 1.0, 1.0)
