@@ -1,6 +1,7 @@
 """What numbers are stored and multiplied as."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stackwise_jax.ops import quant
+from stackwise_jax.ops.fp8 import coded
 from stackwise_jax.types import Params, Quantised
 
 DTYPES: dict[str, DTypeLike] = {
@@ -51,15 +53,25 @@ def from_storage(params: Params, dtype: DTypeLike) -> Params:
     )
 
 
-def decoded(params: Params, dtype: DTypeLike) -> Params:
-    """A stored stack with its quantised matrices decoded, to be multiplied in `dtype`; all else as it is."""
-    return jax.tree.map(
-        lambda leaf: _decode(leaf, dtype=dtype) if isinstance(leaf, Quantised) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, Quantised),
-    )
+def decoded(params: Params, dtype: DTypeLike, *, in_fp8: bool = False) -> Params:
+    """A stored stack with its quantised matrices decoded, to be multiplied in `dtype`; all else as it is.
+
+    Args:
+      in_fp8: the kernels of linear maps go on to E4M3 (`ops.fp8.Coded`), from the numbers that `dtype` has of them.
+        What a time vector is mapped by stays: it is no map of activations.
+    """
+
+    def decode_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+        plain = _decode(leaf, dtype=dtype) if isinstance(leaf, Quantised) else leaf
+        names = [str(getattr(part, "key", part)) for part in path]
+        if in_fp8 and names[-1] == "kernel" and "adaptive" not in names:
+            return _coded(jnp.asarray(plain, dtype))
+        return plain
+
+    return jax.tree_util.tree_map_with_path(decode_leaf, params, is_leaf=lambda leaf: isinstance(leaf, Quantised))
 
 
+_coded = jax.jit(coded)
 _decode = jax.jit(quant.decode, static_argnames="dtype")
 
 

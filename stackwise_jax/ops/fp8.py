@@ -4,6 +4,8 @@ Every operand gets one scale, from its own largest magnitude at every call, and 
 device without fp8 units the same numbers are multiplied in wider ones.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -13,6 +15,32 @@ from jaxtyping import Array, Float, UInt8
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 _Residuals = tuple[Array, Array, Array, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """Matrices in E4M3 with one scale each, as matrix units read them: once coded, every multiplication is that alone.
+
+    Attributes:
+      codes: transposed, so that the contracted axis D is the last.
+      scale: of each matrix.
+    """
+
+    codes: Float[Array, "*L F D"]
+    scale: Float[Array, "*L"]
+
+
+def coded(weight: Float[Array, "L D F"]) -> Coded:
+    """Matrices as `fp8_matmul` codes them at every call."""
+    codes, scale = jax.vmap(lambda matrix: to_fp8(matrix, E4M3))(weight)
+    return Coded(jnp.swapaxes(codes, -1, -2), scale)
+
+
+def coded_matmul(rows: Float[Array, "M D"], weight: Coded) -> Float[Array, "M F"]:
+    """What `fp8_matmul` gives for the same weight; for passes that no gradient goes through."""
+    codes, scale = to_fp8(rows, E4M3)
+    return _product(codes, weight.codes, (1, 1), scale * weight.scale, rows.dtype)
 
 
 def to_fp8(x: Float[Array, "*n"], dtype: DTypeLike) -> tuple[Float[Array, "*n"], Float[Array, ""]]:
@@ -83,10 +111,12 @@ def _product(
     """Contracts one axis of each, summing in float32, then applies both scales at once; the result is in `dtype`.
 
     The sums of codes reach 448 * 448 times the axis, which bfloat16 holds: it leaves the matrix units in that dtype,
-    in half the bytes, and is scaled by what reads it. For the narrow range of float16 it stays float32 until scaled.
+    in half the bytes, and is scaled by what reads it. For the narrow range of float16 it stays float32 until scaled,
+    and on a CPU, which would sum in bfloat16.
     """
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    accumulated = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    is_narrow = dtype == jnp.bfloat16 and jax.default_backend() != "cpu"
+    accumulated = jnp.bfloat16 if is_narrow else jnp.float32
     product = jax.lax.dot_general(left, right, dimensions, preferred_element_type=accumulated)
     return (product.astype(jnp.float32) * scale).astype(dtype)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from stackwise_jax.ops.fp8 import fp8_gradient_of_rows, fp8_matmul
+from stackwise_jax.ops.fp8 import Coded, coded_matmul, fp8_gradient_of_rows, fp8_matmul
 from stackwise_jax.ops.lowrank import LowRank, settled
 from stackwise_jax.ops.quant import decode
 from stackwise_jax.types import Quantised
@@ -18,7 +18,7 @@ from stackwise_jax.types import Quantised
 
 def matmul(
     x: Float[Array, "*B D"],
-    weight: Float[Array, "D F"] | Quantised | LowRank,
+    weight: Float[Array, "D F"] | Quantised | Coded | LowRank,
     *,
     dtype: DTypeLike,
     in_fp8: bool = False,
@@ -26,7 +26,8 @@ def matmul(
     """Multiplies in `dtype` (both operands are cast to it); the accelerator accumulates in float32.
 
     A quantised weight is decoded in front of the matmul: gradient passes through it to `x` and none to it. With
-    `in_fp8` the operands, once in `dtype`, go on to fp8 (`ops/fp8.py`).
+    `in_fp8` the operands, once in `dtype`, go on to fp8 (`ops/fp8.py`). A `Coded` weight is there already, and takes
+    `x` with it.
 
     Leading axes are folded into one: with two contracted axes XLA's gradient of the weight is twice as slow on a CPU.
     A `LowRank` weight multiplies as its base and, beside it, through its rank, which is too narrow to gain from fp8.
@@ -35,13 +36,15 @@ def matmul(
         beside = matmul(weight.scale * matmul(x, weight.a, dtype=dtype), weight.b, dtype=dtype)
         return matmul(x, settled(weight.base), dtype=dtype, in_fp8=in_fp8) + beside
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
-    if isinstance(weight, Quantised):
+    if isinstance(weight, Coded):
+        product = coded_matmul(rows, weight)
+    elif isinstance(weight, Quantised):
         product = _through_quantised(rows, weight, in_fp8)
     elif in_fp8:
         product = fp8_matmul(rows, weight.astype(dtype))
     else:
         product = jnp.matmul(rows, weight.astype(dtype))
-    return product.reshape(*x.shape[:-1], weight.shape[-1])
+    return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

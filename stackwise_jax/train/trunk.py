@@ -46,7 +46,7 @@ class Forward:
             return program.apply_embedding(embedding, example.inputs, example.positions, None)
 
         def decode(stack: Params) -> Params:
-            return decoded(stack, program.dtype)
+            return decoded(stack, program.dtype, in_fp8=program.trunk_in_fp8)
 
         @functools.partial(jax.jit, static_argnums=0)
         def forward(

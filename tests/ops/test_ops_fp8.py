@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stackwise_jax.ops.fp8 import E4M3, to_fp8
+from stackwise_jax.ops.fp8 import E4M3, Coded, coded, to_fp8
 from stackwise_jax.ops.matmul import matmul
+from stackwise_jax.ops.quant import decode, encode
 
 M, D, F = 24, 320, 48
 
@@ -69,3 +70,30 @@ def test_rematerialisation_changes_no_number(policy: str):
     kept = jax.checkpoint(loss, policy=getattr(jax.checkpoint_policies, policy))
     for found, wanted in zip(*(jax.jit(jax.grad(f, argnums=(0, 1)))(x, w) for f in (kept, loss)), strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_a_weight_that_is_coded_before_multiplies_as_one_that_is_coded_on_the_way(dtype: Any, rounding: float):
+    x, w = map(jnp.asarray, drawn()[:2])
+    stack = jnp.stack([jnp.asarray(w, dtype), jnp.asarray(3.0 * w[::-1], dtype)])
+    of_stack = coded(stack)
+    assert (of_stack.codes.shape, of_stack.codes.dtype, of_stack.scale.shape) == ((2, F, D), E4M3, (2,))
+    for block in range(2):
+        own = Coded(of_stack.codes[block], of_stack.scale[block])
+        wanted = matmul(x, stack[block], dtype=dtype, in_fp8=True)
+        largest = float(jnp.abs(wanted).max())
+        assert float(jnp.abs(matmul(x, own, dtype=dtype) - wanted).max()) < rounding * largest
+        twin = matmul(x, Coded(own.codes, 1.5 * own.scale), dtype=dtype)
+        assert float(jnp.abs(twin - wanted).max()) > 5 * rounding * largest
+
+
+def test_a_quantised_weight_goes_on_to_fp8_and_passes_its_gradient_in_fp8():
+    x, w, g = map(jnp.asarray, drawn())
+    weight = encode(w, "nvfp4")
+    plain = decode(weight, jnp.float32)
+    product, pull = jax.vjp(lambda x: matmul(x, weight, dtype=jnp.float32, in_fp8=True), x)
+    wanted, wanted_pull = jax.vjp(lambda x: matmul(x, plain, dtype=jnp.float32, in_fp8=True), x)
+    np.testing.assert_array_equal(product, wanted)
+    np.testing.assert_array_equal(pull(g)[0], wanted_pull(g)[0])
+    in_full = jax.vjp(lambda x: matmul(x, weight, dtype=jnp.float32), x)[1](g)[0]
+    assert not np.allclose(pull(g)[0], in_full, rtol=1e-3)  # twin: it is fp8 that is meant
