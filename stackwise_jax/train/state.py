@@ -113,7 +113,7 @@ class HeldStacks(MutableMapping[int, Params]):
         if read is not None:
             self._read[number] = read
 
-    def release(self, held_bytes: float, *, unwritten: Collection[int] = ()) -> None:
+    def release(self, held_bytes: int | float, *, unwritten: Collection[int] = ()) -> None:
         """Lets the lowest numbers go until those that stay take at most `held_bytes`.
 
         Args:
