@@ -121,10 +121,9 @@ class LatentAttention(nn.Module):
         if T * (2 * rank - widths) > rank * widths:
             keys, values = self._heads(entries)
             return attention(queries, keys, values, mask, implementation=implementation, scale=scale)
-        latents = entries[:, :, None, :rank]
-        absorbed = self._absorb_keys(queries)
-        mixed = attention(absorbed, entries[:, :, None], latents, mask, implementation=implementation, scale=scale)
-        return self._absorb_values(mixed)
+        met = entries[:, :, None]  # keys and values at once: what is mixed of the rotary keys is cut off
+        mixed = attention(self._absorb_keys(queries), met, met, mask, implementation=implementation, scale=scale)
+        return self._absorb_values(mixed[..., :rank])
 
     def _absorb_keys(self, queries: Float[Array, "B T N H"]) -> Float[Array, "B T N R"]:
         """Queries that meet latents; a bias of keys adds one number to all logits of a query, and no weight changes."""

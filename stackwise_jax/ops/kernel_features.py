@@ -48,13 +48,13 @@ def frequencies(
         drawn = 2.0 * _uniform(seed, _FREQUENCIES, shape) - 1.0
     else:
         raise ValueError(f"family={family!r} has no frequencies; those that have are gaussian, laplacian and uniform")
-    return (drawn / bandwidth).astype(np.float32)
+    return _fixed(drawn / bandwidth)
 
 
 @functools.lru_cache
 def directions(n_heads: int, width: int, count: int, *, seed: int) -> Float32[np.ndarray, "K M H"]:
     """Normal vectors for `positive_features`, `count` for each key head."""
-    return _normal(seed, _DIRECTIONS, (n_heads, count, width)).astype(np.float32)
+    return _fixed(_normal(seed, _DIRECTIONS, (n_heads, count, width)))
 
 
 def paired_features(
@@ -101,6 +101,13 @@ def _products(x: Float[Array, "B T N H"], vectors: Float32[Array | np.ndarray, "
     K, F, _ = vectors.shape
     grouped = x.astype(jnp.float32).reshape(B, T, K, N // K, H)
     return jnp.einsum("BTKGH,KFH->BTKGF", grouped, jnp.asarray(vectors), precision="highest").reshape(B, T, N, F)
+
+
+def _fixed(drawn: np.ndarray) -> np.ndarray:
+    """float32 that nobody can write to, since all callers share it."""
+    numbers = drawn.astype(np.float32)
+    numbers.setflags(write=False)
+    return numbers
 
 
 def _uniform(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
