@@ -80,8 +80,8 @@ def _from_the_right(
     chunk: int,
 ) -> Float32[Array, "B T K G W"]:
     """What places mix of those after them."""
-    flipped = (jnp.flip(array, 1) for array in (q, k, v, segments))
-    return jnp.flip(_read(*flipped, None, is_strict=True, chunk=chunk)[0], 1)
+    q, k, v, segments = (jnp.flip(array, 1) for array in (q, k, v, segments))
+    return jnp.flip(_read(q, k, v, segments, None, is_strict=True, chunk=chunk)[0], 1)
 
 
 def _read(
