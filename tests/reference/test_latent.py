@@ -74,13 +74,18 @@ def rack_of(read: Any, model: ModelConfig) -> Params:
     return jax.tree.map(jnp.asarray, rack)
 
 
+def logits_of(rack: Params, rows: tuple[Any, ...], model: ModelConfig) -> jax.Array:
+    tokens, _, segments, positions, _ = rows
+    hidden = apply_rack(rack, tokens, row_context(model, segments, positions), model, dtype=jnp.float32)
+    return hidden @ output_table(rack["head"], rack["embedding"]).T
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def logits_and_gradients(rack: Params, rows: tuple[Any, ...], model: ModelConfig) -> Any:
-    tokens, targets, segments, positions, _ = rows
+    _, targets, segments, _, _ = rows
 
     def loss(rack: Params) -> tuple[Any, Any]:
-        hidden = apply_rack(rack, tokens, row_context(model, segments, positions), model, dtype=jnp.float32)
-        logits = hidden @ output_table(rack["head"], rack["embedding"]).T
+        logits = logits_of(rack, rows, model)
         own = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], 2)[:, :, 0]
         return -jnp.sum(own * (segments > 0)), logits
 
@@ -97,14 +102,12 @@ def shapes_in(expected: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     return json.loads(str(expected["shapes"]))
 
 
-def ours(name: str, shapes: dict[str, tuple[int, ...]], model: ModelConfig | None = None) -> tuple[np.ndarray, Params]:
-    """Logits and gradients of a case by this package; all of their weights have a place."""
+def drawn(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[Params, tuple[Any, ...]]:
+    """Rack and rows of a case; all of the drawn weights have a place."""
     left = dict(shapes)
     rack = rack_of(lambda key: draw(key, tuple(left.pop(key))), model_of(name))
     assert not left, f"no place for {sorted(left)}"
-    rows = tuple(jnp.asarray(value) for value in dataclasses.astuple(rows_of(LATENT_CASES[name])))
-    logits, gradients = logits_and_gradients(rack, rows, model or model_of(name))
-    return np.asarray(logits), gradients
+    return rack, tuple(jnp.asarray(value) for value in dataclasses.astuple(rows_of(LATENT_CASES[name])))
 
 
 def theirs_as_ours(name: str, expected: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> Params:
@@ -121,7 +124,7 @@ def theirs_as_ours(name: str, expected: dict[str, np.ndarray], shapes: dict[str,
 
 def check(name: str, expected: dict[str, np.ndarray]) -> None:
     shapes, real = shapes_in(expected), rows_of(LATENT_CASES[name]).segments > 0
-    logits, gradients = ours(name, shapes)
+    logits, gradients = logits_and_gradients(*drawn(name, shapes), model_of(name))
     assert np.abs(logits - expected["logits"])[real].max() < LOGITS
     wanted = theirs_as_ours(name, expected, shapes)
     for (path, own), entries in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True):
@@ -142,7 +145,7 @@ def test_logits_and_gradients_are_those_of_the_golden_file(name: str):
 def test_the_golden_file_detects_another_model(fields: dict[str, Any]):
     expected = read_golden(GOLDEN / "deepseek_v3.npz")
     other = dataclasses.replace(model_of("deepseek_v3"), **fields)
-    logits = ours("deepseek_v3", shapes_in(expected), other)[0]
+    logits = jax.jit(logits_of, static_argnums=2)(*drawn("deepseek_v3", shapes_in(expected)), other)
     real = rows_of(LATENT_CASES["deepseek_v3"]).segments > 0
     assert np.abs(logits - expected["logits"])[real].max() > 10 * LOGITS
 
