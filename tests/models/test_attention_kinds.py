@@ -37,8 +37,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "linear": {"attention_kind": "kernel", "kernel": {"family": "linear"}, "n_kv_heads": 2},
     "mlgka": {"attention_kind": "mlgka", "latent": LATENT, "kernel": {"n_features": 16}, "n_kv_heads": 2},
     "mlgka, separate": {"attention_kind": "mlgka", "latent": SEPARATE, "kernel": {"bandwidth": 2.0, "seed": 3}},
-    "gaussian, linear time": {"attention_kind": "kernel", "kernel": {"form": "linear", "positive_features": 8}},
-    "linear, linear time": {"attention_kind": "kernel", "kernel": {"family": "linear", "form": "linear"}},
+    "linear, linear time": {
+        "attention_kind": "kernel",
+        "kernel": {"family": "linear", "form": "linear", "positive_features": 8},
+    },
     "mlgka, linear time": {"attention_kind": "mlgka", "kernel": {"form": "linear", "scale": 0.5}, "n_kv_heads": 2},
 }
 SEGMENTS = jnp.array([[1] * 5 + [2] * 5 + [0] * 2, [1] * T])
@@ -205,9 +207,9 @@ def test_linear_time_approaches_the_softmax_as_its_features_grow():
         return np.asarray(apply_stack(stack, x, Context(PLACES, Mask("causal")), model, dtype=jnp.float32))
 
     exact = out(form="softmax")
-    errors = [np.std(out(form="linear", positive_features=count) - exact) for count in (32, 512, 8192)]
-    assert errors[0] > 2.5 * errors[1] > 6 * errors[2]
-    assert np.std(out(form="linear", positive_features=8192, scale=2.0) - exact) > 3 * errors[2]
+    errors = [np.std(out(form="linear", positive_features=count) - exact) for count in (16, 1024)]
+    assert errors[0] > 5 * errors[1]  # eight times as small, in expectation
+    assert np.std(out(form="linear", positive_features=1024, scale=2.0) - exact) > 2 * errors[1]
 
 
 # --- stored ---
@@ -216,14 +218,12 @@ def test_linear_time_approaches_the_softmax_as_its_features_grow():
 @functools.partial(jax.jit, static_argnames=("name", "slots"))
 def read(stored: Any, x: Any, places: Any, first: Any, name: str, slots: int = T) -> Any:
     """(outputs, store) of a stack of two blocks that reads more places of rows that are padded on the left."""
-    mask: Any = decoding_mask(places, slots, first)
-    if model_of(name).is_linear_time:
-        mask = Mask("causal", (first[:, None] <= places).astype(jnp.int32))
-    context = Context(jnp.maximum(places - first[:, None], 0), mask, write_at=places[0, 0])
+    positions = jnp.maximum(places - first[:, None], 0)
+    context = Context(positions, decoding_mask(places, slots, first), write_at=places[0, 0])
     return decode_stack(stack_of(name, 2), x, context, stored, model_of(name), dtype=jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["mla", "mla, grouped, biases", "mlgka", "mlgka, linear time"])
+@pytest.mark.parametrize("name", ["mla", "mla, grouped, biases", "mlgka"])
 def test_reading_in_parts_is_reading_at_once(name: str):
     """A long part, whose keys and values are made, and single places, by absorbed maps."""
     model, x, first = model_of(name), activations(), jnp.array([0, 3])
@@ -252,24 +252,28 @@ def test_stores_are_as_narrow_as_the_kind_allows():
     assert numbers_stored("separate", KeyValues) == 2 * (8 + 8)
     assert numbers_stored("gaussian", KeyValues) == 2 * (16 + 8)
     for length in (100, 10**6):
-        assert numbers_stored("gaussian, linear time", KernelSums, length) == 4 * 8 * (8 + 1)
+        assert numbers_stored("linear, linear time", KernelSums, length) == 4 * 8 * (8 + 1)
 
 
-@pytest.mark.parametrize("name", ["mla", "mlgka, separate"])
-def test_frozen_formats_and_adapters_reach_every_map(name: str):
-    model, stack, x = model_of(name), stack_of(name, 2), activations()
+@pytest.mark.parametrize("name", KINDS)
+def test_adapters_reach_every_map(name: str):
+    table = adapter_table(model_of(name), 2, "all")
+    assert {key for part in table.values() for key in part} == set(linear_maps(model_of(name)))
+
+
+def test_frozen_formats_and_adapters_multiply_as_what_they_stand_for():
+    model, stack, x = model_of("mla"), stack_of("mla"), activations()
     context = Context(PLACES, Mask("causal"))
     run = jax.jit(lambda stack: apply_stack(stack, x, context, model, dtype=jnp.float32))
     frozen = to_storage(stack, "fp8")
     np.testing.assert_allclose(run(frozen), run(from_storage(frozen, jnp.float32)), rtol=1e-5, atol=1e-5)
     assert np.abs(run(frozen) - run(stack)).max() > 1e-2
-    adapter = init_adapter(jax.random.key(3), model, 0, 2, rank=2, targets="all")
-    adapter = jax.tree.map(lambda leaf: 0.1 * jax.random.normal(jax.random.key(4), leaf.shape), adapter)
+    rng = np.random.default_rng(3)
+    sizes = jax.eval_shape(lambda: init_adapter(jax.random.key(3), model, 0, 1, rank=2, targets="all"))
+    adapter = jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32), sizes)
     merged = run(merge(stack, adapter, 4.0))
     np.testing.assert_allclose(run(attach(stack, adapter, 4.0)), merged, rtol=1e-4, atol=1e-4)
     assert np.abs(merged - run(stack)).max() > 1e-2
-    adapted = {key for part in adapter_table(model, 2, "all").values() for key in part}
-    assert adapted == set(linear_maps(model))
 
 
 def test_absorbed_maps_are_those_of_a_frozen_stack_with_an_adapter():

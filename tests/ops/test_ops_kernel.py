@@ -156,7 +156,7 @@ def mixed_in_numpy(q: Any, k: Any, v: Any, visible: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("chunk", [4, 64])
 @pytest.mark.parametrize("name", MASKS)
 def test_linear_attention_is_the_quadratic_sum(name: str, chunk: int):
     q, k, v = arrays()
@@ -187,20 +187,19 @@ def test_gradients_are_those_of_the_quadratic_sum():
         np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [2, 64])
-def test_sums_go_on_where_reading_stopped(chunk: int):
+def test_sums_go_on_where_reading_stopped():
     """Rows that are padded on the left, read in parts of several lengths."""
     q, k, v = arrays()
     segments = jnp.array([[0] * 3 + [1] * 8, [1] * 11])
-    whole, sums = linear_attention(q, k, v, Mask("causal", segments), chunk=chunk)
+    whole, sums = linear_attention(q, k, v, Mask("causal", segments), chunk=4)
     past, parts = None, []
     for part in (slice(0, 5), slice(5, 6), slice(6, 11)):
         own = (x[:, part] for x in (q, k, v))
-        mixed, past = linear_attention(*own, Mask("causal", segments[:, part]), sums=past, chunk=chunk)
+        mixed, past = linear_attention(*own, Mask("causal", segments[:, part]), sums=past, chunk=4)
         parts.append(mixed)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(past, sums, rtol=1e-5)
-    forgotten = linear_attention(q[:, 5:], k[:, 5:], v[:, 5:], Mask("causal", segments[:, 5:]), chunk=chunk)[0]
+    forgotten = linear_attention(q[:, 5:], k[:, 5:], v[:, 5:], Mask("causal", segments[:, 5:]), chunk=4)[0]
     assert not np.allclose(forgotten, whole[:, 5:], rtol=1e-3)
 
 
