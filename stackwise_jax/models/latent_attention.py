@@ -113,10 +113,8 @@ class LatentAttention(nn.Module):
         mask = within_reach(context, model, is_local, entries.shape[1])
         implementation = model.attention_implementation
         scale = 1.0 / math.sqrt(weights.key_width(model))
-        rank, widths = (
-            typing.cast(int, model.latent.kv_rank),
-            typing.cast(int, model.d_head) + weights.value_width(model),
-        )
+        rank = typing.cast(int, model.latent.kv_rank)
+        widths = typing.cast(int, model.d_head) + weights.value_width(model)
         # Of each stored place and head: keys and values made once, or T products with a latent instead of with these.
         if T * (2 * rank - widths) > rank * widths:
             keys, values = self._heads(entries)
