@@ -36,6 +36,30 @@ class RopeScalingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Low-rank latents that queries, keys and values are made from (attention_kind mla or mlgka)."""
+
+    form: str = "shared"  # shared (one latent for keys and values, and a rotary key: DeepSeek-V2) | separate (latents)
+    kv_rank: int | None = None  # width of the latent of keys and values; None: 4 * d_head
+    query_rank: int | None = None  # width of the latent of queries; None: they have none
+    d_rope: int | None = None  # of form shared: width of the rotary key and its part of a query; None: d_head / 2
+    d_value: int | None = None  # width of a head's values; None: d_head
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """Weights exp(scale * k(query, key)) with a kernel k of random features (attention_kind kernel or mlgka)."""
+
+    family: str | None = None  # gaussian | laplacian | uniform | linear (the dot product); None: gaussian, or laplacian
+    form: str = "softmax"  # softmax: all pairs of places | linear: in linear time, the exponential by positive features
+    n_features: int = 128  # a cosine and a sine of each of half as many random frequencies; not of family linear
+    positive_features: int = 128  # of form linear
+    bandwidth: float | None = None  # distance of a kernel; None: sqrt of the width of a key, of laplacian that width
+    scale: float | None = None  # None: sqrt of the width of a key; 1 in form linear, where errors grow as exp(2 scale)
+    seed: int = 0  # of frequencies, which are not trained
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
 
@@ -64,6 +88,9 @@ class ModelConfig:
     logit_bias: bool = False  # the head adds a number to every logit
     dropout: float = 0.0  # of live stacks and a live embedding; a frozen trunk has none
     attention: str = "causal"  # causal | bidirectional
+    attention_kind: str = "mha"  # mha (grouped queries too) | mla (latents) | kernel | mlgka (latents and a kernel)
+    latent: LatentConfig = LatentConfig()
+    kernel: KernelConfig = KernelConfig()
     window: int | None = None  # attention reaches so many places to either side; None: all
     global_every: int | None = None  # with a window: blocks 0, n, 2 n .. have none; None: every block has it
     time_input: bool = False  # blocks are told the masked fraction (adaptive norms); follows objective.time
@@ -80,6 +107,19 @@ class ModelConfig:
     def is_gated(self) -> bool:
         """The feed-forward multiplies its activation by a second linear map."""
         return self.ffn in ("swiglu", "geglu", "geglu_erf")
+
+    @property
+    def has_latents(self) -> bool:
+        return self.attention_kind in ("mla", "mlgka")
+
+    @property
+    def has_kernel(self) -> bool:
+        return self.attention_kind in ("kernel", "mlgka")
+
+    @property
+    def is_linear_time(self) -> bool:
+        """Attention keeps sums of the past instead of its places."""
+        return self.has_kernel and self.kernel.form == "linear"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +213,7 @@ class AdapterConfig:
     rank: int = 8  # of every stack, or the largest of a pattern
     ranks: str = "constant"  # constant | increasing | decreasing (in equal steps up to or down from rank) | "4,8,8,16"
     alpha: float = 16.0  # the low-rank part is multiplied by alpha / rank
-    targets: str = "all"  # linear maps: all, or some of query,key,value,output,up,gate,down
+    targets: str = "all"  # linear maps: all, or some of query,key,value,output,up,gate,down, and latents
     learning_rate_scale: float = 1.0  # of optimizer.learning_rate; adapters are trained by AdamW, without decay
     merge: bool = False  # when they settle they are added into the weights, instead of kept beside them
 

@@ -226,6 +226,7 @@ def test_house_rules_let_pass(checker: Checker, path: str, source: str):
 
 ARGUMENTS = {"configs/gpt2_small.py": ["layerwise", "stackwise", "end_to_end"]}
 ARGUMENTS |= {f"configs/{family}.py": list(sizes) for family, sizes in families.SIZES.items()}
+ARGUMENTS["configs/attention.py"] = list(runpy.run_path(str(ROOT / "configs/attention.py"))["KINDS"])
 ARGUMENTS["configs/comparison.py"] = ["layerwise", "stackwise_2x6_frozen_head", "control_3@2e-3"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from stackwise_jax.checks.attention import settle_attention
 from stackwise_jax.checks.choices import check_choices, require
 from stackwise_jax.checks.data import check_data, check_mesh
 from stackwise_jax.checks.generation import check_generation
@@ -27,15 +28,16 @@ def settle(config: RunConfig) -> RunConfig:
     progressive = training.progressive
     mode = training.mode if progressive.enabled else "end_to_end"
     low, high = _rate_range(config.objective)
+    model = dataclasses.replace(
+        model,
+        n_kv_heads=model.n_kv_heads or model.n_heads,
+        d_head=model.d_head or model.d_model // model.n_heads,
+        max_positions=model.max_positions or config.data.seq_len,
+        time_input=config.objective.time in ("input", "depth_input"),
+    )
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(
-            model,
-            n_kv_heads=model.n_kv_heads or model.n_heads,
-            d_head=model.d_head or model.d_model // model.n_heads,
-            max_positions=model.max_positions or config.data.seq_len,
-            time_input=config.objective.time in ("input", "depth_input"),
-        ),
+        model=settle_attention(model),
         objective=dataclasses.replace(config.objective, rate_min=low, rate_max=high),
         training=dataclasses.replace(
             training,

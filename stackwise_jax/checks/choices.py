@@ -19,7 +19,8 @@ GROWING_MODES = ("layerwise", "blockwise", "stackwise", "progressive")
 OBJECTIVES = ("clm", "mlm", "prefix", "diffusion", "block_diffusion")
 MASKED = ("mlm", "diffusion", "block_diffusion")
 OPERATORS = ("random", "copy", "interleave", "zero_output")
-LINEAR_MAPS = ("query", "key", "value", "output", "up", "gate", "down")
+ATTENTION_KINDS = ("mha", "mla", "kernel", "mlgka")
+KERNEL_FAMILIES = ("gaussian", "laplacian", "uniform", "linear")
 RANK_PATTERNS = ("constant", "increasing", "decreasing")
 
 
@@ -45,6 +46,9 @@ def check_choices(config: RunConfig) -> None:
         "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu", "geglu_erf", "gelu_erf")),
         "model.positions": (model.positions, ("rotary", "learned", "none")),
         "model.attention": (model.attention, ("causal", "bidirectional")),
+        "model.attention_kind": (model.attention_kind, ATTENTION_KINDS),
+        "model.latent.form": (model.latent.form, ("shared", "separate")),
+        "model.kernel.form": (model.kernel.form, ("softmax", "linear")),
         "model.attention_implementation": (model.attention_implementation, ("auto", "reference", "xla", "cudnn")),
         "objective.name": (config.objective.name, (*OBJECTIVES, "mixed")),
         "objective.rate_draw": (config.objective.rate_draw, ("low_discrepancy", "stratified", "independent")),

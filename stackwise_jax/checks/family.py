@@ -2,6 +2,7 @@
 
 import typing
 
+from stackwise_jax.checks.attention import check_attention
 from stackwise_jax.checks.choices import one_of, require
 from stackwise_jax.schema import ModelConfig, RopeScalingConfig
 
@@ -12,10 +13,11 @@ def check_family(model: ModelConfig) -> None:
     d_head = typing.cast(int, model.d_head)
     require(heads % kv_heads == 0, f"model.n_heads={heads} must be a multiple of model.n_kv_heads={kv_heads}")
     require(
-        model.positions != "rotary" or d_head % 2 == 0,
+        model.positions != "rotary" or d_head % 2 == 0 or (model.has_latents and model.latent.form == "shared"),
         f"model.d_head={d_head} must be even for rotary positions; set model.d_head or model.positions",
     )
     _check_windows(model)
+    check_attention(model)
     _check_scaling(model.rope_scaling)
     require(
         model.first_attention_norm or model.norm_position == "pre",

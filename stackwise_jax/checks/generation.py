@@ -9,7 +9,9 @@ def samplers(config: RunConfig) -> tuple[str, ...]:
     """How a run can be read, its default first; `generation.sampler` chooses among them."""
     names = sorted(objective_names(config), key=lambda name: name != "clm")
     unmasking = ("denoise", "blocks")
-    if config.objective.time in ("depth", "depth_input") or reading_attention(config, "denoise") == "causal":
+    by_depth = config.objective.time in ("depth", "depth_input")
+    # Blocks are read from stored places, of which attention in linear time keeps none.
+    if by_depth or reading_attention(config, "denoise") == "causal" or config.model.is_linear_time:
         unmasking = ("denoise",)
     ways = {"clm": ("autoregressive",), "prefix": ("autoregressive",), "block_diffusion": ("blocks", "denoise")}
     return tuple(dict.fromkeys(way for name in names for way in ways.get(name, unmasking)))

@@ -44,6 +44,11 @@ def check_objective(config: RunConfig) -> None:
         f"objective.block_length={objective.block_length} must divide data.seq_len={config.data.seq_len}",
     )
     require(
+        "block_diffusion" not in names or not config.model.is_linear_time,
+        "objective.name='block_diffusion' (alone or mixed) shows rows as two halves, which model.kernel.form='linear' "
+        "cannot mask: it keeps sums of the past and no places; set model.kernel.form='softmax' or another objective",
+    )
+    require(
         not config.model.time_input or set(names) <= {"mlm", "diffusion"},
         f"objective.time={objective.time!r} tells each row's masked fraction: objectives must be mlm or diffusion, "
         f"not {', '.join(names)}",

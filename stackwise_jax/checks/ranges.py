@@ -11,6 +11,8 @@ _AT_LEAST: dict[str, float] = {
     "model.d_ff": 1, "model.max_positions": 1, "model.norm_epsilon": 0, "model.rope_theta": 1, "model.init_std": 0,
     "model.window": 1, "model.global_every": 1, "model.rope_theta_local": 1, "model.token_types": 0,
     "model.rope_scaling.factor": 1, "model.rope_scaling.original_positions": 1,
+    "model.latent.kv_rank": 1, "model.latent.query_rank": 1, "model.latent.d_rope": 2, "model.latent.d_value": 1,
+    "model.kernel.n_features": 2, "model.kernel.positive_features": 1, "model.kernel.seed": 0,
     "model.stability.residual_gain": 0, "model.stability.z_loss": 0,
     "model.architecture.n_stacks": 1, "model.architecture.blocks_per_stack": 1,
     "data.seq_len": 2, "data.max_bytes": 1, "data.max_rows": 1, "objective.mask_variants": 1, "seed": 0,

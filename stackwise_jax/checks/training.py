@@ -2,7 +2,8 @@
 
 import re
 
-from stackwise_jax.checks.choices import GROWING_MODES, LINEAR_MAPS, QUANTISED, RANK_PATTERNS, one_of, require
+from stackwise_jax.checks.attention import linear_maps
+from stackwise_jax.checks.choices import GROWING_MODES, QUANTISED, RANK_PATTERNS, one_of, require
 from stackwise_jax.checks.model import stack_count
 from stackwise_jax.checks.text import budget_steps
 from stackwise_jax.schema import AdapterConfig, RunConfig
@@ -147,11 +148,11 @@ def check_adapters(config: RunConfig) -> None:
     """Maps and ranks of adapters, and whether they can be merged."""
     adapters = config.training.adapters
     for name in adapters.targets.split(","):
-        one_of("training.adapters.targets", name.strip(), ("all", *LINEAR_MAPS))
-    require(
-        config.model.is_gated or "gate" not in adapters.targets,
-        f"training.adapters.targets={adapters.targets!r}: model.ffn={config.model.ffn!r} has no gate; leave it out",
-    )
+        require(
+            config.model.is_gated or name.strip() != "gate",
+            f"training.adapters.targets={adapters.targets!r}: model.ffn={config.model.ffn!r} has no gate; leave it out",
+        )
+        one_of("training.adapters.targets", name.strip(), ("all", *linear_maps(config.model)))
     if adapters.ranks not in RANK_PATTERNS:
         adapter_ranks(adapters, stack_count(config))
     require(

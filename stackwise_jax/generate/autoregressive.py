@@ -15,14 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stackwise_jax.errors import UserError
 from stackwise_jax.generate.sampling import present, sample
-from stackwise_jax.models.block import Context, KeyValues
-from stackwise_jax.models.rack import decode_rack, init_key_values, time_vector
-from stackwise_jax.ops.mask import decoding_mask
+from stackwise_jax.models.rack import decode_rack, init_key_values, reading_context, time_vector
+from stackwise_jax.models.stores import Store
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
 
 # Of the loop: new tokens so far, their ids, rows done, ids said where they count, the store.
-_Carry = tuple[Array, Array, Array, Array | None, list[KeyValues]]
+_Carry = tuple[Array, Array, Array, Array | None, list[Store]]
 
 
 def generate(
@@ -89,7 +88,7 @@ def read_prompts(
     *,
     slots: int,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "B V"], list[KeyValues]]:
+) -> tuple[Float[Array, "B V"], list[Store]]:
     """Reads prompts whose tokens lie at slots `first ..` of `padded` into a store of `slots` places.
 
     Returns:
@@ -106,11 +105,11 @@ def read_token(
     token: Int[Array, "B"],
     slot: Int[Array, ""],
     first: Int[Array, "B"],
-    stored: list[KeyValues],
+    stored: list[Store],
     model: ModelConfig,
     *,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "B V"], list[KeyValues]]:
+) -> tuple[Float[Array, "B V"], list[Store]]:
     """Reads one more token a row, into `slot`; returns as `read_prompts`."""
     return _read(rack, token[:, None], jnp.full((len(token), 1), slot), first, stored, model, dtype)
 
@@ -120,17 +119,12 @@ def _read(
     tokens: Int[Array, "B T"],
     places: Int[Array, "B T"],
     first: Int[Array, "B"],
-    stored: list[KeyValues],
+    stored: list[Store],
     model: ModelConfig,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "B V"], list[KeyValues]]:
-    slots = stored[0].keys.shape[2] if stored else 1  # a rack without stacks stores nothing
-    context = Context(
-        positions=jnp.maximum(places - first[:, None], 0),
-        mask=decoding_mask(places, slots, first),
-        write_at=places[0, 0],
-        time=time_vector(rack["embedding"], jnp.zeros(len(tokens))) if model.time_input else None,  # nothing is masked
-    )
+) -> tuple[Float[Array, "B V"], list[Store]]:
+    time = time_vector(rack["embedding"], jnp.zeros(len(tokens))) if model.time_input else None  # nothing is masked
+    context = reading_context(stored, places, first, time=time)
     return decode_rack(rack, tokens, context, stored, model, dtype=dtype)
 
 

@@ -20,8 +20,9 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.generate.denoise import check_length, logits_of_places
 from stackwise_jax.generate.reveal import Rows, Rule, begin_rows, reveal_until
 from stackwise_jax.generate.sampling import present
-from stackwise_jax.models.block import Context, KeyValues
+from stackwise_jax.models.mixing import Context
 from stackwise_jax.models.rack import decode_stacks, init_key_values, rack_logits, time_vector
+from stackwise_jax.models.stores import Store, slots
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Keys, Params
 
@@ -39,7 +40,7 @@ class BlockDenoiser:
     """
 
     rack: Params
-    stored: list[KeyValues]
+    stored: list[Store]
     first: Int[Array, "B"]
     end: Int[Array, "B"]
     start: Int[Array, ""]
@@ -54,17 +55,19 @@ class BlockDenoiser:
 
     def read(
         self, tokens: Int[Array, "B T"], rate: Float[Array, "B"] | None = None
-    ) -> tuple[Float[Array, "B T V"], list[KeyValues]]:
+    ) -> tuple[Float[Array, "B T V"], list[Store]]:
         """Logits at every place of the blocks that `tokens` are, and the store with them in it.
 
         Args:
           rate: masked share of these blocks, for a rack that is told. None: they are finished.
         """
-        slots = self.stored[0].keys.shape[2] if self.stored else 1  # a rack without stacks stores nothing
+        n_slots = slots(self.stored)
+        if n_slots is None:
+            raise ValueError("blocks are read from stored places, and attention in linear time stores none")
         places = jnp.broadcast_to(self.start + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         context = Context(
             positions=jnp.maximum(places - self.first[:, None], 0),
-            mask=see_blocks(places, slots, self.first, self.end, self.block_length),
+            mask=see_blocks(places, n_slots, self.first, self.end, self.block_length),
             write_at=self.start,
             time=self._time(jnp.zeros(len(tokens)) if rate is None else rate),
         )
@@ -171,7 +174,7 @@ def _generate_blocks(
         BlockDenoiser, rack, first=first, end=end, model=model, block_length=block_length, dtype=dtype
     )
 
-    def store(start: Array, tokens: Array, stored: list[KeyValues]) -> tuple[list[KeyValues], Array | None]:
+    def store(start: Array, tokens: Array, stored: list[Store]) -> tuple[list[Store], Array | None]:
         logits, stored = at(stored=stored, start=start, before=None).read(tokens)
         return stored, logits[:, -1] if shift else None
 
@@ -179,8 +182,8 @@ def _generate_blocks(
         stored, before = store(jnp.int32(0), canvas[:, : n_read * block_length], stored)
 
     def fill_block(
-        number: Array, carry: tuple[Rows, list[KeyValues], Array | None]
-    ) -> tuple[Rows, list[KeyValues], Array | None]:
+        number: Array, carry: tuple[Rows, list[Store], Array | None]
+    ) -> tuple[Rows, list[Store], Array | None]:
         rows, stored, before = carry
         start = (n_read + number) * block_length
         block = jax.lax.dynamic_slice_in_dim(rows.tokens, start, block_length, 1)

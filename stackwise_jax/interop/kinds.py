@@ -14,6 +14,7 @@ ARCHITECTURES = {
 
 # What every model of a family has in common; a tuple lists what it may have.
 _PLAIN: dict[str, Any] = {
+    "attention_kind": "mha",
     "first_attention_norm": True,
     "token_types": 0,
     "embedding_norm": False,

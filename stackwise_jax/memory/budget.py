@@ -46,9 +46,24 @@ def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None 
     kernels = [table["mlp"], table["attention"]]
     matrices = sum(w.size for part in kernels for linear in part.values() for w in linear.values() if w.is_matrix)
     kind = attention or model.attention
-    seen = _places_seen(model, seq_len, kind)
-    head_width = typing.cast(int, model.d_head)
-    return (2.0 if kind == "block_diffusion" else 1.0) * (2.0 * matrices + 4.0 * seen * model.n_heads * head_width)
+    mixing = _mixing_flops(model, _places_seen(model, seq_len, kind))
+    return (2.0 if kind == "block_diffusion" else 1.0) * (2.0 * matrices + mixing)
+
+
+def _mixing_flops(model: ModelConfig, seen: float) -> float:
+    """FLOPs of scores and mixing of a block a token, `seen` places each; of kernels also those of random features.
+
+    In linear time every key is added to sums and every query reads them, however many places there are.
+    """
+    n_heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
+    width, values = weights.product_width(model), weights.value_width(model)
+    features = 0.0
+    if model.has_kernel and model.kernel.family != "linear":
+        features = 2.0 * (n_heads + kv_heads) * weights.key_width(model) * (model.kernel.n_features // 2)
+    if not model.is_linear_time:
+        return features + 2.0 * seen * n_heads * (width + values)
+    positive = model.kernel.positive_features
+    return features + 2.0 * (n_heads + kv_heads) * positive * (width + values + 1)
 
 
 def _places_seen(model: ModelConfig, seq_len: int, kind: str) -> float:
@@ -146,15 +161,29 @@ def activation_bytes(config: RunConfig, live_blocks: int) -> int:
     rows = config.training.batch_size // config.training.accumulation_steps // config.mesh.n_devices
     tokens = rows * config.data.seq_len
     item = item_bytes(config.precision.compute)
-    heads = model.n_heads + 2 * typing.cast(int, model.n_kv_heads)
+    heads = _kept_by_attention(model)
     ffn = 4 if model.is_gated else 2
     inside = {
-        "none": 6 * model.d_model + heads * typing.cast(int, model.d_head) + ffn * model.d_ff,
-        "dots": 3 * model.d_model + heads * typing.cast(int, model.d_head) + (ffn - 1) * model.d_ff,
+        "none": 6 * model.d_model + heads + ffn * model.d_ff,
+        "dots": 3 * model.d_model + heads + (ffn - 1) * model.d_ff,
         "full": model.d_model,
     }[config.training.remat]
     logits = 8 * min(tokens, config.training.loss_chunk_tokens) * model.vocab_size
     return tokens * item * (inside * live_blocks + 2 * model.d_model) + logits
+
+
+def _kept_by_attention(model: ModelConfig) -> int:
+    """Numbers a place that attention keeps: latents, queries, keys and values, and features of kernels."""
+    n_heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
+    both = n_heads + kv_heads
+    kept = both * weights.key_width(model) + kv_heads * weights.value_width(model)
+    if model.has_latents:
+        maps = weights.block_table(model)["attention"]
+        names = ("query_latent", "latent", "rotary_key", "key_latent", "value_latent")
+        kept += sum(maps[name]["kernel"].shape[1] for name in names if name in maps)
+    if model.has_kernel and model.kernel.family != "linear":
+        kept += both * weights.product_width(model)
+    return kept + (both * model.kernel.positive_features if model.is_linear_time else 0)
 
 
 def readable_bytes(count: int | float) -> str:

@@ -1,62 +1,21 @@
-"""One Transformer block, and what it needs to know about its rows."""
-
-import dataclasses
-import typing
+"""One Transformer block."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float
 
+from stackwise_jax.models.latent_attention import LatentAttention, LowRankAttention
 from stackwise_jax.models.layers import FeedForward, Linear, Modulation, Norm, dropout, modulations
-from stackwise_jax.ops.attention import attention
-from stackwise_jax.ops.mask import Mask, within_window
-from stackwise_jax.ops.rope import apply_rope, rope_frequencies
+from stackwise_jax.models.mixing import Context, mix, rotated
+from stackwise_jax.models.stores import Store
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a block needs besides activations.
-
-    Attributes:
-      positions: place of each query inside its document.
-      mask: a `Mask`, or the array that says which stored keys each query sees when decoding.
-      write_at: with stored keys, the slot that the first query's key goes to.
-      time: what blocks are told of each row's masked fraction (`models.rack.time_vector`), where `model.time_input`.
-    """
-
-    positions: Int[Array, "B T"]
-    mask: Mask | Bool[Array, "B 1 T S"]
-    write_at: Int[Array, ""] | int = 0
-    time: Float[Array, "B C"] | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KeyValues:
-    """Keys (after rotation) and values of the places read so far, of one block or, with a leading axis, of a stack."""
-
-    keys: Float[Array, "*L B S K H"]
-    values: Float[Array, "*L B S K H"]
-
-    def write(
-        self, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], at: Int[Array, ""] | int
-    ) -> "KeyValues":
-        """Those of one block with `T` more places from slot `at` on."""
-        update = jax.lax.dynamic_update_slice_in_dim
-        return KeyValues(
-            update(self.keys, keys.astype(self.keys.dtype), at, 1),
-            update(self.values, values.astype(self.values.dtype), at, 1),
-        )
-
-
 class Attention(nn.Module):
-    """Multi-head or grouped-query self-attention (Vaswani et al., 2017; Ainslie et al., 2023)."""
+    """Multi-head or grouped-query self-attention (Vaswani et al., 2017; Ainslie et al., 2023), also of kernels."""
 
     model: ModelConfig
     dtype: DTypeLike
@@ -69,45 +28,24 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         context: Context,
-        stored: KeyValues | None,
+        stored: Store | None,
         is_local: Float[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+    ) -> tuple[Float[Array, "B T D"], Store | None]:
         B, T, _ = x.shape
         model = self.model
         rows = x.reshape(B * T, -1)  # once, so that the backward pass keeps it once
         queries = self.query(rows).reshape(B, T, model.n_heads, model.d_head)
         keys = self.key(rows).reshape(B, T, model.n_kv_heads, model.d_head)
         values = self.value(rows).reshape(B, T, model.n_kv_heads, model.d_head)
-        if model.positions == "rotary":
-            frequencies = _frequencies(model, is_local)
-            queries = apply_rope(queries, context.positions, frequencies)
-            keys = apply_rope(keys, context.positions, frequencies)
-        if stored is not None:
-            stored = stored.write(keys, values, context.write_at)
-            keys, values = stored.keys.astype(self.dtype), stored.values.astype(self.dtype)
-        mask = _within_reach(context, model, is_local, keys.shape[1])
-        mixed = attention(queries, keys, values, mask, implementation=model.attention_implementation)
+        queries, keys = (rotated(x, context, model, is_local) for x in (queries, keys))
+        mixed, stored = mix(queries, keys, values, context, stored, model, dtype=self.dtype, is_local=is_local)
         return self.output(mixed.reshape(B * T, -1)).reshape(x.shape), stored
 
 
-def _frequencies(model: ModelConfig, is_local: Array | None) -> Float32[Array | np.ndarray, "h"]:
-    """Of rotary positions; those of a local block may have a base of their own."""
-    d_head = typing.cast(int, model.d_head)
-    frequencies = rope_frequencies(d_head, model.rope_theta, model.rope_scaling)
-    if is_local is None or model.rope_theta_local is None:
-        return frequencies
-    of_local = rope_frequencies(d_head, model.rope_theta_local, model.rope_scaling)
-    return jnp.where(is_local > 0, of_local, frequencies)
-
-
-def _within_reach(
-    context: Context, model: ModelConfig, is_local: Array | None, length: int
-) -> Mask | Bool[Array, "B 1 T S"]:
-    """The mask of a block, cut to the model's window unless the block is one of those that reach all `length` keys."""
-    if model.window is None:
-        return context.mask
-    window = model.window if is_local is None else jnp.where(is_local > 0, model.window, length)
-    return within_window(context.mask, window, context.write_at)
+def _attention_of(model: ModelConfig) -> type[Attention | LatentAttention | LowRankAttention]:
+    if not model.has_latents:
+        return Attention
+    return LatentAttention if model.latent.form == "shared" else LowRankAttention
 
 
 class Block(nn.Module):
@@ -124,7 +62,7 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         self.attention_norm, self.mlp_norm = Norm(self.model), Norm(self.model)
-        self.attention = Attention(self.model, self.dtype, self.in_fp8)
+        self.attention = _attention_of(self.model)(self.model, self.dtype, self.in_fp8)
         self.mlp = FeedForward(self.model, self.dtype, self.in_fp8)
 
     def __call__(
@@ -132,8 +70,8 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         context: Context,
         key: Key | None = None,
-        stored: KeyValues | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        stored: Store | None = None,
+    ) -> tuple[Float[Array, "B T D"], Store | None]:
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         is_local = self._fact("is_local")
         attention_change, mlp_change = self._modulations(context)

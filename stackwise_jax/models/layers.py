@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stackwise_jax.ops.activation import activate
-from stackwise_jax.ops.matmul import matmul
+from stackwise_jax.ops.matmul import as_array, matmul
 from stackwise_jax.ops.norm import normalise
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
@@ -21,8 +21,17 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         y = matmul(x, self.get_variable("params", "kernel"), dtype=self.dtype, in_fp8=self.in_fp8)
+        bias = self.bias()
+        return y if bias is None else jnp.add(y, _as_row(bias, y))
+
+    def array(self) -> Float[Array, "D F"]:
+        """The map as an array, for products that go through it another way."""
+        return as_array(self.get_variable("params", "kernel"), dtype=self.dtype)
+
+    def bias(self) -> Float[Array, "F"] | None:
+        """What the map adds, if anything."""
         bias = self.get_variable("params", "bias")
-        return y if bias is None else jnp.add(y, _as_row(bias.astype(self.dtype), y))
+        return None if bias is None else bias.astype(self.dtype)
 
 
 Modulation = tuple[Float[Array, "B D"], Float[Array, "B D"]]

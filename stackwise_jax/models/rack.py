@@ -12,11 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.models import weights
-from stackwise_jax.models.block import Context, KeyValues
 from stackwise_jax.models.layers import apply_norm, dropout, modulations
+from stackwise_jax.models.mixing import Context
 from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
+from stackwise_jax.models.stores import Store, init_store, slots
 from stackwise_jax.ops.activation import activate
-from stackwise_jax.ops.mask import Mask, MaskKind
+from stackwise_jax.ops.mask import Mask, MaskKind, decoding_mask
 from stackwise_jax.ops.matmul import matmul
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
@@ -192,24 +193,42 @@ def apply_rack(
     return apply_head_norm(rack["head"], x, model, context.time)
 
 
-def init_key_values(rack: Params, model: ModelConfig, batch: int, length: int, *, dtype: DTypeLike) -> list[KeyValues]:
-    """Empty stored keys and values for `length` places, one entry per stack."""
+def reading_context(
+    stored: list[Store],
+    places: Int[Array, "B T"],
+    first: Int[Array, "B"],
+    *,
+    time: Float[Array, "B C"] | None = None,
+) -> Context:
+    """The context of `T` more places of causal rows that begin at different slots, padding before them.
 
-    def empty(n_blocks: int) -> Array:
-        return jnp.zeros((n_blocks, batch, length, model.n_kv_heads, model.d_head), dtype)
+    Args:
+      places: slot of each new place, one after another and the same in all rows.
+      first: slot of each row's first token, at position 0.
+      time: as in `row_context`.
+    """
+    n_slots = slots(stored)
+    if n_slots is None:
+        mask = Mask("causal", (places >= first[:, None]).astype(jnp.int32))
+    else:
+        mask = decoding_mask(places, n_slots, first)
+    return Context(jnp.maximum(places - first[:, None], 0), mask, write_at=places[0, 0], time=time)
 
-    return [KeyValues(empty(stack_size(s)), empty(stack_size(s))) for s in rack["stacks"]]
+
+def init_key_values(rack: Params, model: ModelConfig, batch: int, length: int, *, dtype: DTypeLike) -> list[Store]:
+    """Empty stores of keys and values, or of what stands for them, for `length` places, one entry per stack."""
+    return [init_store(model, stack_size(stack), batch, length, dtype=dtype) for stack in rack["stacks"]]
 
 
 def decode_rack(
     rack: Params,
     inputs: Int[Array, "B T"],
     context: Context,
-    stored: list[KeyValues],
+    stored: list[Store],
     model: ModelConfig,
     *,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "B V"], list[KeyValues]]:
+) -> tuple[Float[Array, "B V"], list[Store]]:
     """Reads `T` more places after those stored; returns float32 logits of the last one and what is stored now."""
     x, extended = decode_stacks(rack, inputs, context, stored, model, dtype=dtype)
     return rack_logits(rack, x[:, -1:], model, context.time)[:, 0], extended
@@ -219,11 +238,11 @@ def decode_stacks(
     rack: Params,
     inputs: Int[Array, "B T"],
     context: Context,
-    stored: list[KeyValues],
+    stored: list[Store],
     model: ModelConfig,
     *,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "B T D"], list[KeyValues]]:
+) -> tuple[Float[Array, "B T D"], list[Store]]:
     """As `decode_rack`, but returns what the last stack puts out, before the final norm, at every place."""
     x = apply_embedding(rack["embedding"], inputs, context.positions, model, dtype=dtype)
     extended = []

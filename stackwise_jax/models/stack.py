@@ -10,7 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stackwise_jax.models import weights
-from stackwise_jax.models.block import Block, Context, KeyValues
+from stackwise_jax.models.block import Block
+from stackwise_jax.models.mixing import Context
+from stackwise_jax.models.stores import Store
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
 
@@ -96,15 +98,15 @@ def decode_stack(
     params: Params,
     x: Float[Array, "B T D"],
     context: Context,
-    stored: KeyValues,
+    stored: Store,
     model: ModelConfig,
     *,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "B T D"], KeyValues]:
-    """As `apply_stack`, reading and extending the stored keys and values (leading axis `L`) of earlier places."""
+) -> tuple[Float[Array, "B T D"], Store]:
+    """As `apply_stack`, reading and extending what is stored of earlier places (leading axis `L`)."""
     block = Block(model, dtype)
 
-    def body(hidden: Array, of_block: tuple[Params, KeyValues]) -> tuple[Array, KeyValues]:
+    def body(hidden: Array, of_block: tuple[Params, Store]) -> tuple[Array, Store]:
         block_params, block_stored = of_block
         return typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, block_stored))
 

@@ -90,20 +90,13 @@ def block_table(model: ModelConfig) -> Table:
     """
     std = model.init_std
     residual_std = std / math.sqrt(2 * model.n_blocks)
-    head_width, kv_heads = typing.cast(int, model.d_head), typing.cast(int, model.n_kv_heads)
     width, hidden = (model.d_model, "D"), (model.d_ff, "F")
-    heads, keys = (model.n_heads * head_width, "NH"), (kv_heads * head_width, "KH")
     mlp = {"up": _linear(model, width, hidden, std), "down": _linear(model, hidden, width, residual_std)}
     if model.is_gated:
         mlp["gate"] = _linear(model, width, hidden, std)
     table: Table = {
         "attention_norm": _norm(model),
-        "attention": {
-            "query": _linear(model, width, heads, std),
-            "key": _linear(model, width, keys, std),
-            "value": _linear(model, width, keys, std),
-            "output": _linear(model, heads, width, residual_std),
-        },
+        "attention": _attention(model, std, residual_std),
         "mlp_norm": _norm(model),
         "mlp": mlp,
     }
@@ -113,6 +106,66 @@ def block_table(model: ModelConfig) -> Table:
     if gain is not None:
         table["residual_gain"] = Weight((), (), "constant", value=gain)
     return table | {name: Weight((), (), "place") for name in block_facts(model, 0)}
+
+
+def _attention(model: ModelConfig, std: float, residual_std: float) -> Table:
+    """Queries, keys, values and output, and what the kind of attention puts before them."""
+    head_width, kv_heads = typing.cast(int, model.d_head), typing.cast(int, model.n_kv_heads)
+    width, rotary = (model.d_model, "D"), rotary_key_width(model)
+    of_queries, of_keys, of_values, table = width, width, width, {}
+    if model.has_latents:
+        latent = (typing.cast(int, model.latent.kv_rank), "R")
+        of_keys = of_values = latent
+        if model.latent.query_rank is not None:
+            of_queries = (model.latent.query_rank, "R")
+            table["query_latent"] = _linear(model, width, of_queries, std)
+        if model.latent.form == "separate":
+            table |= {name: _linear(model, width, latent, std) for name in ("key_latent", "value_latent")}
+        else:
+            table |= {"latent": _linear(model, width, latent, std), "latent_norm": _latent_norm(latent[0])}
+            if model.latent.query_rank is not None:
+                table["query_norm"] = _latent_norm(model.latent.query_rank)
+            if rotary:
+                table["rotary_key"] = _linear(model, width, (rotary, "P"), std)
+    values = value_width(model)
+    return table | {
+        "query": _linear(model, of_queries, (model.n_heads * (head_width + rotary), "NH"), std),
+        "key": _linear(model, of_keys, (kv_heads * head_width, "KH"), std),
+        "value": _linear(model, of_values, (kv_heads * values, "KH"), std),
+        "output": _linear(model, (model.n_heads * values, "NH"), width, residual_std),
+    }
+
+
+def _latent_norm(rank: int) -> Table:
+    """RMSNorm, whatever the norm of the blocks."""
+    return {"scale": Weight((rank,), ("R",), "ones")}
+
+
+def rotary_key_width(model: ModelConfig) -> int:
+    """Width of the rotary key that all heads share, beside their own keys; 0 where there is none."""
+    is_decoupled = model.has_latents and model.latent.form == "shared" and model.positions == "rotary"
+    return typing.cast(int, model.latent.d_rope) if is_decoupled else 0
+
+
+def key_width(model: ModelConfig) -> int:
+    """Width of a query, and of the key that it meets."""
+    return typing.cast(int, model.d_head) + rotary_key_width(model)
+
+
+def product_width(model: ModelConfig) -> int:
+    """Width of the vectors whose products go into the softmax: of queries and keys, or of their random features."""
+    has_features = model.has_kernel and model.kernel.family != "linear"
+    return model.kernel.n_features if has_features else key_width(model)
+
+
+def value_width(model: ModelConfig) -> int:
+    """Width of a value of one head."""
+    return typing.cast(int, model.latent.d_value if model.has_latents else model.d_head)
+
+
+def stores_latents(model: ModelConfig) -> bool:
+    """A reader keeps latents, from which keys and values follow, and not these."""
+    return model.attention_kind == "mla" and model.latent.form == "shared"
 
 
 def block_facts(model: ModelConfig, block: int | Array) -> dict[str, Array]:

@@ -22,16 +22,17 @@ Kernel = Literal["xla", "cudnn"]
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K W"],
     mask: Mask | Bool[Array, "b 1 T S"],
     *,
     implementation: str = "auto",
     scale: float | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
     """Returns softmax(scale * q k^T) v over the visible keys, query head n reading key-value head n // (N / K).
 
     Args:
-      q, k, v: of one dtype; N is a multiple of K.
+      q, k, v: of one dtype; N is a multiple of K. Kernels know one width only: for them the narrower of H and W is
+        filled up with zeros.
       mask: a `Mask` when the row attends to itself (T = S), or the array itself, b being B or 1. A row of the array
         without a visible key yields numbers without meaning; a `Mask` has none.
       implementation: auto (cudnn where it can serve, else xla; fp16 on a CPU: reference), reference, xla or cudnn.
@@ -62,6 +63,8 @@ def attention(
         visible = mask.as_array(q.shape[1]) if isinstance(mask, Mask) else mask
         return _reference(q, k, v, visible, scale)
 
+    width = v.shape[-1]
+    q, k, v = _of_one_width(q, k, v)
     if isinstance(mask, Mask):
         is_causal = mask.kind == "causal" and not mask.has_data
         needs_array = mask.has_data or mask.kind not in ("causal", "bidirectional")
@@ -74,9 +77,21 @@ def attention(
     kernel: Kernel = "xla" if refusal or implementation == "xla" else "cudnn"
     # JAX's call mixes dtypes inside, which strict promotion would refuse although the result is as wanted.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(
+        mixed = jax.nn.dot_product_attention(
             q, k, v, mask=visible, is_causal=is_causal, scale=scale, implementation=kernel
         )
+    return mixed[..., :width]
+
+
+def _of_one_width(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K W"]
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+    """Zeros in queries and keys change no product, those in values are cut off again."""
+    width = max(q.shape[-1], v.shape[-1])
+    if q.shape[-1] == v.shape[-1]:
+        return q, k, v
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (q, k, v))
+    return q, k, v
 
 
 def cudnn_refusal(
@@ -120,10 +135,10 @@ def _cuda_capability() -> tuple[int, int] | None:
 def _reference(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K W"],
     visible: Bool[Array, "b 1 T S"],
     scale: float,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
     """The formula as it is written, in float32 up to the probabilities: what the kernels are compared with."""
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -134,5 +149,5 @@ def _reference(
     probabilities = jax.nn.softmax(logits, axis=-1)
     if v.dtype.itemsize == 2:
         probabilities = probabilities.astype(v.dtype)
-    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v, precision="highest", preferred_element_type=jnp.float32)
-    return mixed.reshape(B, T, N, H).astype(q.dtype)
+    mixed = jnp.einsum("BKGTS,BSKW->BTKGW", probabilities, v, precision="highest", preferred_element_type=jnp.float32)
+    return mixed.reshape(B, T, N, -1).astype(q.dtype)

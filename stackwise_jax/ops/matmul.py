@@ -47,6 +47,14 @@ def matmul(
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
+def as_array(weight: Float[Array, "D F"] | Quantised | LowRank, *, dtype: DTypeLike) -> Float[Array, "D F"]:
+    """The matrix that `matmul` multiplies by: decoded, and with its low-rank part added in."""
+    if isinstance(weight, LowRank):
+        product = jnp.matmul(weight.a.astype(dtype), weight.b.astype(dtype))
+        return as_array(settled(weight.base), dtype=dtype) + weight.scale * product
+    return decode(weight, dtype) if isinstance(weight, Quantised) else weight.astype(dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _through_quantised(rows: Float[Array, "M D"], weight: Quantised, in_fp8: bool) -> Float[Array, "M F"]:
     """rows @ weight. The backward pass decodes again instead of keeping every decoded matrix of a stack."""

@@ -144,6 +144,11 @@ def _require_fitting(folder: Path, snapshot: Snapshot, config: RunConfig, tokeni
             f"training.fusion.sources: the blocks of {folder} have other shapes than those that `model` describes; "
             f"start from its config.json"
         )
+    if snapshot.config.model.kernel != config.model.kernel:  # frequencies lie in no array whose shape would tell
+        raise UserError(
+            f"training.fusion.sources: the blocks of {folder} were trained with another model.kernel; start from its "
+            "config.json"
+        )
 
 
 def _shapes(model: ModelConfig) -> Any:

@@ -13,7 +13,7 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.generate.autoregressive import _generate, generate, read_prompts, read_token
 from stackwise_jax.generate.texts import printable
 from stackwise_jax.models.rack import apply_rack, init_rack, output_table, row_context
-from stackwise_jax.schema import ArchitectureConfig, ModelConfig
+from stackwise_jax.schema import ArchitectureConfig, KernelConfig, LatentConfig, ModelConfig
 from stackwise_jax.types import Params
 
 VOCAB = 23
@@ -33,6 +33,12 @@ MODELS = {
     "grouped queries": dataclasses.replace(PLAIN, n_kv_heads=2, ties_embedding=True),
     "learned positions": dataclasses.replace(PLAIN, positions="learned", norm="layernorm", use_bias=True, ffn="gelu"),
     "post-norm": dataclasses.replace(PLAIN, norm_position="post", embedding_norm=True, n_kv_heads=1),
+}
+LATENTS = LatentConfig(kv_rank=24, query_rank=3, d_rope=2, d_value=4)
+KERNEL = KernelConfig(family="laplacian", form="linear", n_features=8, positive_features=6, scale=2.0)
+KINDS = {
+    "latents": dataclasses.replace(PLAIN, attention_kind="mla", latent=LATENTS),
+    "sums": dataclasses.replace(PLAIN, attention_kind="mlgka", latent=LATENTS, kernel=KERNEL, n_kv_heads=2),
 }
 PROMPTS = [np.array(ids) for ids in ([3, 5, 7, 11, 2], [1], [4, 4, 9])]
 
@@ -90,15 +96,15 @@ def decoded_logits(model: ModelConfig, fault: int = 0) -> tuple[list[np.ndarray]
     return decoded, recomputed
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *KINDS])
 def test_decoding_is_recomputation(name: str):
-    for ours, expected in zip(*decoded_logits(MODELS[name]), strict=True):
+    for ours, expected in zip(*decoded_logits((MODELS | KINDS)[name]), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)  # logits of order 1 to 10
 
 
-@pytest.mark.parametrize("name", ["multi-head", "learned positions"])
+@pytest.mark.parametrize("name", ["multi-head", "learned positions", "latents", "sums"])
 def test_decoding_is_recomputation_detects_wrong_positions(name: str):
-    decoded, recomputed = decoded_logits(MODELS[name], fault=1)
+    decoded, recomputed = decoded_logits((MODELS | KINDS)[name], fault=1)
     assert max(np.abs(a - b).max() for a, b in zip(decoded[1:], recomputed[1:], strict=True)) > 1e-2
 
 
@@ -112,10 +118,11 @@ def test_greedy_text_is_the_argmax_of_recomputed_logits(name: str):
         assert row == ids.tolist()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "sums"])
 def test_a_row_is_the_same_alone(name: str):
-    together = continued(MODELS[name], PROMPTS)
-    alone = [continued(MODELS[name], [prompt])[0] for prompt in PROMPTS]
+    model = (MODELS | KINDS)[name]
+    together = continued(model, PROMPTS)
+    alone = [continued(model, [prompt])[0] for prompt in PROMPTS]
     assert together == alone
     assert len({tuple(row[-4:]) for row in together}) > 1  # otherwise rows that mix up would go unnoticed
 

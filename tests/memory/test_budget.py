@@ -66,6 +66,29 @@ def test_forward_flops_count_matrices_only(fields: dict[str, Any], matrices: int
     assert budget.block_forward_flops(model, 0) == 2 * matrices
 
 
+def test_latents_count_their_maps_and_the_widths_that_meet():
+    """DeepSeek-V2's shape on a small width: heads of 8 + 4 against values of 6."""
+    latent = {"kv_rank": 10, "query_rank": 5, "d_rope": 4, "d_value": 6}
+    model = config_of({**TINY, "n_kv_heads": 4, "attention_kind": "mla", "latent": latent}).model
+    maps = 32 * 5 + 5 * 4 * 12 + 32 * (10 + 4) + 10 * 4 * (8 + 6) + 4 * 6 * 32
+    linear = budget.block_forward_flops(model, 0)
+    assert linear == 2 * (maps + 3 * 32 * 48)
+    assert budget.block_forward_flops(model, 64) - linear == 2 * 32 * 4 * (12 + 6)
+
+
+def test_kernels_count_features_and_linear_time_no_places():
+    def flops(seq_len: int, **kernel: Any) -> float:
+        model = config_of({**TINY, "attention_kind": "kernel", "kernel": kernel}, data={"seq_len": 64}).model
+        return budget.block_forward_flops(model, seq_len) - budget.block_forward_flops(config_of(TINY).model, 0)
+
+    features = 2 * 6 * 8 * 10  # of four query heads and two key heads of width 8
+    assert flops(64, n_features=20) == features + 2 * 32 * 4 * (20 + 8)
+    assert flops(64, family="linear") == 2 * 32 * 4 * (8 + 8)
+    in_linear_time = features + 2 * 6 * 12 * (20 + 9)
+    assert flops(64, form="linear", n_features=20, positive_features=12) == in_linear_time
+    assert flops(4096, form="linear", n_features=20, positive_features=12) == in_linear_time
+
+
 def step_flops(model: ModelConfig, live: int, passed: int, trunk: int, *, table_is_live: bool) -> float:
     return budget.step_flops_per_token(
         model, 0, live_blocks=live, passed_blocks=passed, trunk_blocks=trunk, table_is_live=table_is_live

@@ -13,9 +13,10 @@ from stackwise_jax.config import resolve
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory.precision import from_storage, to_storage
 from stackwise_jax.models.adapters import adapter_parameters, adapter_table, attach, init_adapter, merge
-from stackwise_jax.models.block import Context, KeyValues
+from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import row_context
 from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
+from stackwise_jax.models.stores import KeyValues
 from stackwise_jax.ops.lowrank import LowRank, merged
 from stackwise_jax.ops.matmul import matmul
 from stackwise_jax.schema import AdapterConfig

@@ -126,6 +126,9 @@ VARIANTS: list[dict[str, Any]] = [
     {**SMALL, "norm": "layernorm", "ffn": "gelu", "positions": "learned", "use_bias": True, "ties_embedding": True},
     {**SMALL, "norm_position": "post", "embedding_norm": True, "ties_embedding": True, "ffn": "geglu"},
     {**SMALL, "stability": {"residual_gain": 0.25}},
+    {**SMALL, "attention_kind": "mla", "use_bias": True, "latent": {"query_rank": 6, "d_rope": 2, "d_value": 3}},
+    {**SMALL, "attention_kind": "mla", "latent": {"form": "separate", "kv_rank": 5}},
+    {**SMALL, "attention_kind": "mlgka", "positions": "learned", "kernel": {"form": "linear"}},
     {**SMALL, "time_input": True},
     {**SMALL, "time_input": True, "norm_position": "post", "ties_embedding": True},
 ]

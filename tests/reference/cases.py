@@ -50,6 +50,25 @@ _LLAMA = {
     "max_position_embeddings": 128,
 }
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Dense feed-forwards throughout: what is compared is its attention.
+_DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "first_k_dense_replace": 2,
+    "num_mtp_layers": 0,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +113,11 @@ CASES = {
             "mlp_bias": True,
         }
     ),
+}
+# No family of `interop`, so compared by a test of their own (`test_latent.py`).
+LATENT_CASES = {
+    "deepseek_v3": Case(_DEEPSEEK, packed=True),
+    "deepseek_lite": Case({**_DEEPSEEK, "q_lora_rank": None}),
 }
 
 

@@ -166,7 +166,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `transformers` computes now, in this interpreter or in the one that $STACKWISE_REFERENCE_PYTHON names."""
     folder = tmp_path_factory.mktemp("live")
     script = Path(__file__).with_name("make_golden.py")
-    subprocess.run([reference_python(), str(script), str(folder)], check=True, capture_output=True)
+    subprocess.run([reference_python(), str(script), str(folder), *CASES], check=True, capture_output=True)
     return folder
 
 

@@ -43,7 +43,7 @@ def _inputs(case: Case, rows: Rows) -> dict[str, Any]:
         return given | {"attention_mask": torch.from_numpy((rows.segments > 0).astype(np.int64))}
     place = np.arange(rows.tokens.shape[1])
     visible = rows.segments[:, None, :, None] == rows.segments[:, None, None, :]
-    if family in ("gpt2", "llama"):
+    if family not in ("bert", "modernbert"):
         visible = visible & (place[None, :] <= place[:, None])
     given |= {"position_ids": torch.from_numpy(rows.positions).long(), "attention_mask": _additive(visible)}
     if family == "modernbert":
