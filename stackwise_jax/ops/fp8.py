@@ -8,7 +8,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
@@ -69,7 +68,7 @@ def _forward(rows: Float[Array, "M D"], weight: Float[Array, "D F"]) -> tuple[Ar
     IEEE 754, to which E4M3 does not keep, its numbers above 240 would become infinite.
     """
     codes, scale = to_fp8(rows, E4M3)
-    weight_codes, weight_scale = _coded_weight(weight)
+    weight_codes, weight_scale = to_fp8(weight, E4M3)
     product = _product(codes, weight_codes, (1, 0), scale * weight_scale, rows.dtype)
     return product, (_bytes(codes), scale, _bytes(weight_codes), weight_scale)
 
@@ -86,15 +85,8 @@ def _backward(kept: _Residuals, gradient: Float[Array, "M F"]) -> tuple[Array, A
 def fp8_gradient_of_rows(gradient: Float[Array, "M F"], weight: Float[Array, "D F"]) -> Float[Array, "M D"]:
     """What `fp8_matmul` passes back to its rows, where no gradient of the weight is wanted."""
     gradient_codes, gradient_scale = to_fp8(gradient, E5M2)
-    weight_codes, weight_scale = _coded_weight(weight)
+    weight_codes, weight_scale = to_fp8(weight, E4M3)
     return _product(gradient_codes, weight_codes, (1, 1), gradient_scale * weight_scale, gradient.dtype)
-
-
-def _coded_weight(weight: Float[Array, "D F"]) -> tuple[Array, Array]:
-    """A weight in E4M3, coded as it lies: matrix units want one of its two uses transposed, and the compiler would
-    otherwise fuse the coding into the transposition, which then reads four times the bytes at a third of the speed."""
-    codes, scale = to_fp8(weight, E4M3)
-    return with_layout_constraint(codes, Layout(major_to_minor=(0, 1))), scale
 
 
 def _bytes(codes: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
