@@ -345,7 +345,7 @@ class LoggingConfig:
     """Metrics go to metrics.jsonl always, and to TensorBoard files when the `tensorboard` extra is installed."""
 
     every_steps: int = 10  # between lines of metrics.jsonl
-    peak_flops: float | None = None  # FLOP/s of one device, for MFU; None: by the table in train/metrics.py
+    peak_flops: float | None = None  # FLOP/s of one device, for MFU; None: by train/metrics.py, twice as many in fp8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ def main(options: Any) -> None:
     started = time.monotonic()
     _run([sys.executable, "-m", "stackwise_jax.main", f"--workdir={workdir}", *config_flags(options)])
     figures["training_process_seconds"] = time.monotonic() - started
-    figures |= run_figures(workdir, options)
+    figures |= run_figures(workdir)
     report(figures)
     if options.read:
         for name, command in reading_commands(workdir).items():
@@ -108,7 +108,7 @@ def _run(command: Sequence[str]) -> None:
         raise UserError(f"{' '.join(command[1:4])} ended with exit status {code}; its last lines above say why")
 
 
-def run_figures(workdir: Path, options: Any) -> dict[str, Any]:
+def run_figures(workdir: Path) -> dict[str, Any]:
     """What the run's own records say of a growing run.
 
     Returns:
@@ -118,10 +118,8 @@ def run_figures(workdir: Path, options: Any) -> dict[str, Any]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     phases = {line["phase"]: line for line in lines if line["kind"] == "phase"}
     names = [name for name in phases if name.startswith("stack")]
-    rates = {
-        name: [line["tokens_per_second"] for line in lines if line["kind"] == "train" and line["phase"] == name][1:]
-        for name in names
-    }
+    timed = [line for line in lines if line["kind"] == "train" and "tokens_per_second" in line]  # not a first step
+    rates = {name: [line["tokens_per_second"] for line in timed if line["phase"] == name] for name in names}
     visits = {name: 1.0 / statistics.median(of) for name, of in rates.items() if of}
     last = phases[names[-1]]
     return {

@@ -77,9 +77,9 @@ class Run:
         self.plan = make_plan(config, corpus.train.n_rows)
         order = self.plan.order
         self.program = make_program(config, corpus.tokenizer, n_rows=order.layout.n_rows)
-        self.progress = Progress(
-            total_flops=self.plan.flops, peak=peak_flops(config.logging.peak_flops, config.mesh.n_devices)
-        )
+        in_fp8 = config.training.progressive.new_stack_precision == "fp8"
+        peak = peak_flops(config.logging.peak_flops, config.mesh.n_devices, in_fp8=in_fp8)
+        self.progress = Progress(total_flops=self.plan.flops, peak=peak)
         shards = shard_folder(config, workdir)
         self._tier = cache_tier(self.plan, shards)
         make_store = functools.partial(make_cache_store, self.plan, self._tier, shards, self._warn)

@@ -23,12 +23,21 @@ PEAK_FLOPS = {
     "4090": 165e12, "3090": 71e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
 }  # fmt: skip
 
+FP8_DEVICES = ("H200", "H100", "L4", "4090")
 
-def peak_flops(configured: float | None, n_devices: int = 1) -> float | None:
-    """The FLOP/s of some devices, which MFU is a share of; None where nothing says those of one."""
-    kind = jax.devices()[0].device_kind
-    listed = (peak for name, peak in PEAK_FLOPS.items() if name.lower() in kind.lower())
-    peak = configured if configured is not None else next(listed, None)
+
+def peak_flops(configured: float | None, n_devices: int = 1, *, in_fp8: bool = False) -> float | None:
+    """The FLOP/s of some devices, which MFU is a share of; None where nothing says those of one.
+
+    Args:
+      configured: of one device; None: by its name.
+      in_fp8: matmuls are in fp8, which the devices of `FP8_DEVICES` do at twice the rate.
+    """
+    kind = jax.devices()[0].device_kind.lower()
+    listed = next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in kind), None)
+    if listed is not None and in_fp8 and any(name.lower() in kind for name in FP8_DEVICES):
+        listed *= 2
+    peak = configured if configured is not None else listed
     return None if peak is None else peak * n_devices
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def test_the_peak_is_configured_or_known_or_absent() -> None:
     assert metrics.peak_flops(5e12) == 5e12
     assert metrics.peak_flops(5e12, 8) == 40e12
     assert metrics.peak_flops(None) is None  # a CPU is not in the table
+
+
+def test_the_peak_in_fp8_is_twice_that_of_devices_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, factor in (("NVIDIA H100 80GB HBM3", 2), ("NVIDIA A100-SXM4-40GB", 1)):
+        monkeypatch.setattr(metrics.jax, "devices", lambda own=kind: [types.SimpleNamespace(device_kind=own)])
+        assert metrics.peak_flops(None, in_fp8=True) == factor * (metrics.peak_flops(None) or 0.0)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (3725, "1h02m"), (-3, "0s")])
