@@ -75,7 +75,7 @@ def main(options: Any) -> None:
     start_backend()
     trained = load_trained(workdir, n_stacks=options.stacks)
     state = "finished" if trained.finished else "not finished"
-    print(f"run {workdir}: {len(trained.rack['stacks'])} stack(s), {trained.step} steps, {state}")
+    print(f"run {workdir}: {trained.n_stacks} stack(s), {trained.step} steps, {state}")
     print(f"text: {options.source or 'the held-out rows of the run'}")
     how = {name: options[name].value for name in ("source", "rows", "objective", "order", "draws", "form")}
     print(describe(evaluate(trained, **how)))

@@ -1,7 +1,8 @@
 """A stack: consecutive equal blocks whose parameters share a leading axis, applied by one scan."""
 
+import functools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -126,3 +127,48 @@ def regroup(stacks: Sequence[Params], sizes: Sequence[int]) -> list[Params]:
         jax.tree.map(lambda leaf, start=start, size=size: leaf[start : start + size], joined)
         for start, size in zip(starts, sizes, strict=True)
     ]
+
+
+def equal_runs(stacks: Sequence[Params], *, apart: Collection[int] = ()) -> list[range]:
+    """Consecutive stacks that can be one stack: alike in structure, storage and shapes but for their number of blocks.
+
+    Args:
+      stacks: trees of arrays or of their shapes, with adapters attached where they have any.
+      apart: places of stacks that go with none before them.
+
+    Returns:
+      the places of each run.
+    """
+    kinds = [
+        (jax.tree.structure(stack), [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)])
+        for stack in stacks
+    ]
+    starts = [place for place in range(len(stacks)) if not place or place in apart or kinds[place] != kinds[place - 1]]
+    return [range(*ends) for ends in zip(starts, [*starts[1:], len(stacks)], strict=True)]
+
+
+def join_stacks(shapes: Sequence[Params], read: Callable[[int], Params]) -> Params:
+    """Equal stacks as one on the default device, its blocks theirs in order.
+
+    Each is read, written into its place of the one that is there from the beginning, and let go: the host holds one
+    stack at a time, and the device none twice.
+
+    Args:
+      shapes: of each stack, arrays or their shapes, as in a run of `equal_runs`.
+      read: returns the stack at a place of `shapes`, on the host or the device; called once for each, in order.
+    """
+    total = sum(map(stack_size, shapes))
+    whole = jax.tree.map(lambda leaf: jnp.zeros((total, *leaf.shape[1:]), leaf.dtype), shapes[0])
+    first_block = 0
+    for place, shape in enumerate(shapes):
+        whole = jax.block_until_ready(_write_blocks(whole, read(place), first_block))
+        first_block += stack_size(shape)
+    return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_blocks(whole: Params, part: Params, first_block: Array | int) -> Params:
+    """`whole` with the blocks of `part` from `first_block` on, in place."""
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first_block, axis=0), whole, part
+    )

@@ -149,7 +149,7 @@ def test_a_run_says_how_its_bands_are_read(direction: str, overrides: dict, form
         objective__n_bands=3,
         training__progressive__direction=direction,
     )
-    config, rack = make(), {"stacks": [{}] * 5}
+    config, rack = make(), {"stacks": [{"scale": np.ones((1, 4))}] * 5}
     # The loop writes a head after every phase that trains stacks, but for the last one, whose head is the rack's.
     taps = {
         phase.main.live_stacks[-1]: {"after": phase.name} for phase in make_curriculum(config)[:-1] if phase.live_stacks
@@ -175,7 +175,7 @@ def test_a_run_says_how_its_bands_are_read(direction: str, overrides: dict, form
             with pytest.raises(UserError, match=f"--form={other}: .*can be run as: {form}"):
                 depth_of(config, rack, taps.get, form=other)
     with pytest.raises(UserError, match=r"4 of 5 stacks are there.*--stacks"):
-        depth_of(config, {"stacks": [{}] * 4}, taps.get)
+        depth_of(config, {"stacks": rack["stacks"][:4]}, taps.get)
 
 
 def test_a_run_whose_time_is_not_depth_has_none(tiny: Any):
