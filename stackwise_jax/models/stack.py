@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from stackwise_jax.models import weights
 from stackwise_jax.models.block import Block, Context, KeyValues
 from stackwise_jax.schema import ModelConfig
-from stackwise_jax.types import Key, Params
+from stackwise_jax.types import Key, Params, Quantised
 
 Body = Callable[[Array, Any], Any]
 """One turn of the loop over blocks: (activations, (the block's weights, its key)) -> (activations, None)."""
@@ -89,6 +89,8 @@ def apply_stack(
         return block.apply({"params": block_params}, hidden, context, block_key)[0], None
 
     unroll = min(unroll, n_blocks)
+    if unroll == n_blocks:
+        params, x = _decoded_here(params, x)
     turn = REMAT[remat](around(body), unroll == n_blocks)
     return jax.lax.scan(turn, x.astype(dtype), (params, keys), length=n_blocks, unroll=unroll)[0]
 
@@ -102,14 +104,38 @@ def decode_stack(
     *,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "B T D"], KeyValues]:
-    """As `apply_stack`, reading and extending the stored keys and values (leading axis `L`) of earlier places."""
-    block = Block(model, dtype)
+    """As `apply_stack`, reading and extending the stored keys and values (leading axis `L`) of earlier places.
 
-    def body(hidden: Array, of_block: tuple[Params, KeyValues]) -> tuple[Array, KeyValues]:
-        block_params, block_stored = of_block
-        return typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, block_stored))
+    The store is carried through the loop, which writes the new places into it and never makes a second one.
+    """
+    block, n_blocks, T = Block(model, dtype), stack_size(params), x.shape[1]
+    if n_blocks == 1:
+        params, x = _decoded_here(params, x)
 
-    return jax.lax.scan(body, x.astype(dtype), (params, stored))
+    def body(carry: tuple[Array, KeyValues], of_block: tuple[Params, Array]) -> tuple[tuple[Array, KeyValues], None]:
+        (hidden, store), (block_params, index) = carry, of_block
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), store)
+        hidden, own = typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, own))
+
+        def write(leaf: Array, own_leaf: Array) -> Array:
+            new = jax.lax.dynamic_slice_in_dim(own_leaf, context.write_at, T, axis=1)[None]
+            return jax.lax.dynamic_update_slice(leaf, new, (index, 0, context.write_at, *[0] * (leaf.ndim - 3)))
+
+        return (hidden, jax.tree.map(write, store, own)), None
+
+    return jax.lax.scan(body, (x.astype(dtype), stored), (params, jnp.arange(n_blocks)))[0]
+
+
+def _decoded_here(params: Params, x: Float[Array, "B T D"]) -> tuple[Params, Float[Array, "B T D"]]:
+    """Ties quantised matrices to the activations that they meet.
+
+    The compiler takes a loop of one turn apart, and whatever then does not depend on activations out of the loops
+    around it, over tokens, passes or micro-batches: all matrices, decoded, at once.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    if not any(isinstance(leaf, Quantised) for leaf in leaves):
+        return params, x
+    return jax.lax.optimization_barrier((params, x))
 
 
 def regroup(stacks: Sequence[Params], sizes: Sequence[int]) -> list[Params]:
