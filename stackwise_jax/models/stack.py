@@ -106,9 +106,9 @@ def decode_stack(
 ) -> tuple[Float[Array, "B T D"], KeyValues]:
     """As `apply_stack`, reading and extending the stored keys and values (leading axis `L`) of earlier places.
 
-    The store is carried through the loop, which writes the new places into it and never makes a second one.
+    The store is carried through the loop, which writes each block's part in its place and makes no second store.
     """
-    block, n_blocks, T = Block(model, dtype), stack_size(params), x.shape[1]
+    block, n_blocks = Block(model, dtype), stack_size(params)
     if n_blocks == 1:
         params, x = _decoded_here(params, x)
 
@@ -116,12 +116,8 @@ def decode_stack(
         (hidden, store), (block_params, index) = carry, of_block
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), store)
         hidden, own = typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, own))
-
-        def write(leaf: Array, own_leaf: Array) -> Array:
-            new = jax.lax.dynamic_slice_in_dim(own_leaf, context.write_at, T, axis=1)[None]
-            return jax.lax.dynamic_update_slice(leaf, new, (index, 0, context.write_at, *[0] * (leaf.ndim - 3)))
-
-        return (hidden, jax.tree.map(write, store, own)), None
+        update = jax.lax.dynamic_update_index_in_dim
+        return (hidden, jax.tree.map(lambda leaf, new: update(leaf, new, index, 0), store, own)), None
 
     return jax.lax.scan(body, (x.astype(dtype), stored), (params, jnp.arange(n_blocks)))[0]
 
