@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from stackwise_jax.types import Quantised
 
@@ -64,6 +64,23 @@ def encode(weight: Float[Array, "*L D F"], kind: str) -> Quantised:
 def decode(weight: Quantised, dtype: DTypeLike) -> Float[Array, "*L D F"]:
     """The matrices that `encode` stored, computed in float32 and rounded once, to `dtype`."""
     return (_decode_fp8(weight) if weight.kind == "fp8" else _decode_4_bits(weight)).astype(dtype)
+
+
+def multiply_row(x: Float[Array, "D"], weight: Quantised) -> Float32[Array, "F"]:
+    """x @ the matrix that `encode` stored, for one row, in float32.
+
+    One row meets each weight once, so numbers are decoded as they are summed and never written out: on an accelerator
+    the matrix is read in its stored bytes and nothing else is.
+    """
+    wide = x.astype(jnp.float32)
+    if weight.kind == "fp8":
+        return jnp.sum(wide[:, None] * _decode_fp8(weight), axis=0)
+    half, F = weight.codes.shape
+    numbers, steps = _NUMBERS[weight.kind], _steps(weight)
+    pairs = jnp.pad(wide, (0, 2 * half - len(x))).reshape(len(steps), -1, 2, 1)
+    codes = weight.codes.reshape(len(steps), -1, F)
+    products = pairs[:, :, 0] * numbers(codes & 15) + pairs[:, :, 1] * numbers(codes >> 4)
+    return jnp.sum(products * steps[:, None, :], axis=(0, 1))
 
 
 @functools.lru_cache

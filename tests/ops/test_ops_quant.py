@@ -150,6 +150,18 @@ def test_gradient_passes_through_a_quantised_weight_and_none_goes_to_it(kind: st
     assert not any(np.any(leaf.astype(np.float32)) for leaf in jax.tree.leaves(of_weight) if leaf.dtype.itemsize)
 
 
+@pytest.mark.parametrize("kind", quant.FORMATS)
+@pytest.mark.parametrize("shape", [(256, 144), (150, 37)], ids=["whole blocks", "parts of blocks"])
+def test_one_row_is_multiplied_as_any_row_is(kind: str, shape: tuple[int, int]):
+    weight = quant.encode(jnp.asarray(gaussian(*shape)), kind)
+    rows = jnp.asarray(gaussian(2, shape[0], seed=1))
+    multiply = jax.jit(lambda rows: matmul(rows, weight, dtype=jnp.float32))
+    wanted = multiply(rows)
+    np.testing.assert_allclose(multiply(rows[:1]), wanted[:1], rtol=1e-5, atol=1e-8)
+    swapped = rows.reshape(2, -1, 2)[:, :, ::-1].reshape(rows.shape)  # what would stand in the other half of a byte
+    assert not np.allclose(multiply(swapped[:1]), wanted[:1], rtol=1e-5, atol=1e-8)
+
+
 # A stack.
 
 B, T, D, L = 2, 8, 32, 3
