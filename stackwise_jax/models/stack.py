@@ -1,6 +1,7 @@
 """A stack: consecutive equal blocks whose parameters share a leading axis, applied by one scan."""
 
 import functools
+import itertools
 import typing
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -166,7 +167,7 @@ def equal_runs(stacks: Sequence[Params], *, apart: Collection[int] = ()) -> list
         for stack in stacks
     ]
     starts = [place for place in range(len(stacks)) if not place or place in apart or kinds[place] != kinds[place - 1]]
-    return [range(*ends) for ends in zip(starts, [*starts[1:], len(stacks)], strict=True)]
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(stacks)])]
 
 
 def join_stacks(shapes: Sequence[Params], read: Callable[[int], Params]) -> Params:
