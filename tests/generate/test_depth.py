@@ -12,9 +12,12 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.generate.denoise import RackDenoiser, pad_rows
 from stackwise_jax.generate.depth import FORMS, denoise_by_depth, depth_of, make_band_denoisers
 from stackwise_jax.generate.reveal import Rule, row_keys
+from stackwise_jax.models.rack import init_rack
 from stackwise_jax.models.stack import stack_size
 from stackwise_jax.train.curriculum import make_curriculum
-from stackwise_jax.train.trained import merge_rack
+from stackwise_jax.train.phases import stack_sizes
+from stackwise_jax.train.state import Frozen
+from stackwise_jax.train.trained import settled_rack
 from tests.generate.reading import ALLOWED, MASK, MODEL, PAD, VOCAB, Told, check_filled, rack_of
 
 BANDS = ((0.7, 1.0), (0.3, 0.7), (0.0, 0.3))
@@ -183,8 +186,10 @@ def test_a_run_says_how_its_bands_are_read(direction: str, overrides: dict, form
 def test_bands_of_merged_stacks_are_read_as_of_stacks_apart(tiny: Any):
     """Stacks of one band become one, of two bands never; a rack in which they did is refused."""
     config = tiny(**RUN, objective__n_bands=2)
-    apart = rack_of(MODEL)
-    merged = merge_rack(config, apart)
+    apart = init_rack(jax.random.key(0), config.model, stack_sizes(config))
+    frozen = Frozen(embedding=apart["embedding"], head=apart["head"])
+    frozen.stacks.update(enumerate(apart["stacks"]))
+    merged = settled_rack(config, frozen)
     assert [stack_size(stack) for stack in merged["stacks"]] == [2, 1]
     tokens = jnp.array([[1, MASK, 4, MASK, 7]])
     logits = []
@@ -193,7 +198,7 @@ def test_bands_of_merged_stacks_are_read_as_of_stacks_apart(tiny: Any):
         assert depth is not None
         assert depth.stacks == stacks
         made = make_band_denoisers(
-            rack, MODEL, depth.stacks, form="independent", mask_id=MASK, pad_id=PAD, dtype=jnp.float32
+            rack, config.model, depth.stacks, form="independent", mask_id=MASK, pad_id=PAD, dtype=jnp.float32
         )
         logits.append([np.asarray(denoiser(tokens, jnp.ones(1))) for denoiser in made])
     for one, other in zip(*logits, strict=True):
