@@ -75,7 +75,7 @@ def main(options: Any) -> None:
     start_backend()
     trained = load_trained(workdir, n_stacks=options.stacks)
     state = "finished" if trained.finished else "not finished"
-    print(f"run {workdir}: {len(trained.rack['stacks'])} stack(s), {trained.step} steps, {state}")
+    print(f"run {workdir}: {trained.n_stacks} stack(s), {trained.step} steps, {state}")
     print(f"text: {options.source or 'the held-out rows of the run'}")
     how = {name: options[name].value for name in ("source", "rows", "objective", "order", "draws", "form")}
     print(describe(evaluate(trained, **how)))
@@ -336,9 +336,15 @@ def _measures(trained: Trained) -> tuple[RowLosses, Callable[[Batch], int]]:
         asked = (example.weights > 0).astype(jnp.float32)
         return jnp.sum(asked * losses.reshape(asked.shape), 1), jnp.sum(asked, 1)
 
+    together = config.training.batch_size // config.training.accumulation_steps  # rows that a step has on the device
+
     def row_losses(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        losses, weights = measure(trained.rack, batch)
-        return np.asarray(losses), np.asarray(weights)
+        pieces = [
+            jax.tree.map(lambda leaf, first=first: leaf[first : first + together], batch)
+            for first in range(0, len(batch.tokens), together)
+        ]
+        losses, weights = zip(*(measure(trained.rack, piece) for piece in pieces), strict=True)
+        return np.concatenate(losses), np.concatenate(weights)
 
     def target_bytes(batch: Batch) -> int:
         example = corrupt(batch)

@@ -28,7 +28,7 @@ from stackwise_jax.train import loop
 from stackwise_jax.train.folder import refuse_foreign
 from stackwise_jax.train.plan import make_plan
 from stackwise_jax.train.program import make_program
-from stackwise_jax.train.trained import read_tap
+from stackwise_jax.train.trained import read_tap, settled_rack
 
 CONTROL_FOLDER = "control_one_block"
 PIECE_ROWS = 4096
@@ -156,8 +156,9 @@ def print_samples(config: RunConfig, corpus: Corpus, result: loop.Result) -> Non
     """Prints `config.generation.samples` continuations of the config's prompt, and how different several are."""
     prompt = config.generation.prompt
     prompts = [prompt] * config.generation.samples
-    depth = depth_of(config, result.rack, functools.partial(read_tap, config, result.taps))
-    samples = continue_texts(result.rack, config, corpus.tokenizer, prompts, seed=config.seed, depth=depth)
+    rack = settled_rack(config, result.frozen)
+    depth = depth_of(config, rack, functools.partial(read_tap, config, result.taps))
+    samples = continue_texts(rack, config, corpus.tokenizer, prompts, seed=config.seed, depth=depth)
     for number, sample in enumerate(samples.rows, start=1):
         print(f"\n--- sample {number} of {len(samples.rows)}, prompt {prompt!r}")
         print(printable(sample.text))

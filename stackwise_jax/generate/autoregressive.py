@@ -74,7 +74,7 @@ def generate(
     padded = np.stack([np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]).astype(np.int32)
     first = np.array([longest - length for length in lengths], np.int32)
     drawing = (temperature, top_k, top_p, repetition_penalty)
-    new = np.asarray(_generate(rack, padded, first, key, allowed, model, tokens, drawing, eos_id, dtype))
+    new = np.asarray(generate_rows(rack, padded, first, key, allowed, model, tokens, drawing, eos_id, dtype))
     return [
         np.concatenate([prompt.astype(np.int32), _until(row, eos_id)]) for prompt, row in zip(prompts, new, strict=True)
     ]
@@ -129,7 +129,7 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "n_tokens", "drawing", "eos_id", "dtype"))
-def _generate(
+def generate_rows(
     rack: Params,
     padded: Int[Array, "B T"],
     first: Int[Array, "B"],
@@ -141,7 +141,14 @@ def _generate(
     eos_id: int | None,
     dtype: DTypeLike,
 ) -> Int[Array, "B n"]:
-    """The new ids of every row; after `eos_id` a row repeats it. `drawing`: temperature, top-k, top-p, penalty."""
+    """As `generate`, of prompts whose ids lie at slots `first ..` of `padded`; after `eos_id` a row repeats it.
+
+    Args:
+      drawing: temperature, top-k, top-p, repetition penalty.
+
+    Returns:
+      the new ids of every row.
+    """
     B, T = padded.shape
     temperature, top_k, top_p, penalty = drawing
 

@@ -6,6 +6,7 @@ edge of the next band; a row whose share is lower already, as in infilling, begi
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Int
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.generate.denoise import RackDenoiser, count_ordinary
 from stackwise_jax.generate.reveal import Denoiser, Rows, Rule, begin_rows, reveal_until
+from stackwise_jax.models.stack import stack_size
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.curriculum import band_edges, band_stacks, is_depth
 from stackwise_jax.train.phases import stack_sizes
@@ -35,7 +37,7 @@ class Depth:
 
     Attributes:
       bands: masked shares (low, high) of each band, leftmost stacks first.
-      stacks: of each band, likewise.
+      stacks: of each band, likewise: places in the rack's list.
       form: how bands are run; see `make_band_denoisers`.
       heads: tapped after each band, or None for the rack's; None: the rack's for all.
     """
@@ -73,15 +75,33 @@ def depth_of(
             f"--form={form}: bands trained with training.progressive.direction={direction!r} can be run as: "
             + ", ".join(forms)
         )
-    stacks, n_stacks = band_stacks(config), len(stack_sizes(config))
-    if len(rack["stacks"]) < n_stacks:
-        raise UserError(
-            f"{len(rack['stacks'])} of {n_stacks} stacks are there, and a run whose time is depth is read band by band "
-            "through all of them; leave --stacks out, and let the run finish"
-        )
+    stacks = band_stacks(config)
     # A band's phase leaves its head under the last of its stacks, where the head lived on.
     heads = tuple(tap(own[-1]) for own in stacks)
-    return Depth(band_edges(config), stacks, form or forms[0], heads)
+    return Depth(band_edges(config), _places(rack, stack_sizes(config), stacks), form or forms[0], heads)
+
+
+def _places(rack: Params, sizes: Sequence[int], stacks: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Where in the rack's list the stacks of each band are; reading may have made one of several.
+
+    Args:
+      sizes: blocks of each stack of the run.
+      stacks: numbers of each band's.
+    """
+    ends = np.cumsum(sizes)
+    place_of = [place for place, stack in enumerate(rack["stacks"]) for _ in range(stack_size(stack))]  # by block
+    if len(place_of) < ends[-1]:
+        raise UserError(
+            f"{np.sum(ends <= len(place_of))} of {len(sizes)} stacks are there, and a run whose time is depth is read "
+            "band by band through all of them; leave --stacks out, and let the run finish"
+        )
+    found = []
+    for own in stacks:
+        blocks = place_of[ends[own[0]] - sizes[own[0]] : ends[own[-1]]]
+        found.append(tuple(range(blocks[0], blocks[-1] + 1)))
+    if any(one[-1] >= other[0] for one, other in itertools.pairwise(found)):
+        raise ValueError("a stack of this rack holds blocks of two bands")
+    return tuple(found)
 
 
 def make_band_denoisers(

@@ -1,7 +1,9 @@
 """A stack: consecutive equal blocks whose parameters share a leading axis, applied by one scan."""
 
+import functools
+import itertools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from stackwise_jax.models.block import Block
 from stackwise_jax.models.mixing import Context
 from stackwise_jax.models.stores import Store
 from stackwise_jax.schema import ModelConfig
-from stackwise_jax.types import Key, Params
+from stackwise_jax.types import Key, Params, Quantised
 
 Body = Callable[[Array, Any], Any]
 """One turn of the loop over blocks: (activations, (the block's weights, its key)) -> (activations, None)."""
@@ -90,6 +92,8 @@ def apply_stack(
         return block.apply({"params": block_params}, hidden, context, block_key)[0], None
 
     unroll = min(unroll, n_blocks)
+    if unroll == n_blocks:
+        params, x = _decoded_here(params, x)
     turn = REMAT[remat](around(body), unroll == n_blocks)
     return jax.lax.scan(turn, x.astype(dtype), (params, keys), length=n_blocks, unroll=unroll)[0]
 
@@ -103,14 +107,34 @@ def decode_stack(
     *,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "B T D"], Store]:
-    """As `apply_stack`, reading and extending what is stored of earlier places (leading axis `L`)."""
-    block = Block(model, dtype)
+    """As `apply_stack`, reading and extending what is stored of earlier places (leading axis `L`).
 
-    def body(hidden: Array, of_block: tuple[Params, Store]) -> tuple[Array, Store]:
-        block_params, block_stored = of_block
-        return typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, block_stored))
+    The store is carried through the loop, which writes each block's part in its place and makes no second store.
+    """
+    block, n_blocks = Block(model, dtype), stack_size(params)
+    if n_blocks == 1:
+        params, x = _decoded_here(params, x)
 
-    return jax.lax.scan(body, x.astype(dtype), (params, stored))
+    def body(carry: tuple[Array, Store], of_block: tuple[Params, Array]) -> tuple[tuple[Array, Store], None]:
+        (hidden, store), (block_params, index) = carry, of_block
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), store)
+        hidden, own = typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, own))
+        update = jax.lax.dynamic_update_index_in_dim
+        return (hidden, jax.tree.map(lambda leaf, new: update(leaf, new, index, 0), store, own)), None
+
+    return jax.lax.scan(body, (x.astype(dtype), stored), (params, jnp.arange(n_blocks)))[0]
+
+
+def _decoded_here(params: Params, x: Float[Array, "B T D"]) -> tuple[Params, Float[Array, "B T D"]]:
+    """Ties quantised matrices to the activations that they meet.
+
+    The compiler takes a loop of one turn apart, and whatever then does not depend on activations out of the loops
+    around it, over tokens, passes or micro-batches: all matrices, decoded, at once.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    if not any(isinstance(leaf, Quantised) for leaf in leaves):
+        return params, x
+    return jax.lax.optimization_barrier((params, x))
 
 
 def regroup(stacks: Sequence[Params], sizes: Sequence[int]) -> list[Params]:
@@ -128,3 +152,48 @@ def regroup(stacks: Sequence[Params], sizes: Sequence[int]) -> list[Params]:
         jax.tree.map(lambda leaf, start=start, size=size: leaf[start : start + size], joined)
         for start, size in zip(starts, sizes, strict=True)
     ]
+
+
+def equal_runs(stacks: Sequence[Params], *, apart: Collection[int] = ()) -> list[range]:
+    """Consecutive stacks that can be one stack: alike in structure, storage and shapes but for their number of blocks.
+
+    Args:
+      stacks: trees of arrays or of their shapes, with adapters attached where they have any.
+      apart: places of stacks that go with none before them.
+
+    Returns:
+      the places of each run.
+    """
+    kinds = [
+        (jax.tree.structure(stack), [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)])
+        for stack in stacks
+    ]
+    starts = [place for place in range(len(stacks)) if not place or place in apart or kinds[place] != kinds[place - 1]]
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(stacks)])]
+
+
+def join_stacks(shapes: Sequence[Params], read: Callable[[int], Params]) -> Params:
+    """Equal stacks as one on the default device, its blocks theirs in order.
+
+    Each is read, written into its place of the one that is there from the beginning, and let go: the host holds one
+    stack at a time, and the device none twice.
+
+    Args:
+      shapes: of each stack, arrays or their shapes, as in a run of `equal_runs`.
+      read: returns the stack at a place of `shapes`, on the host or the device; called once for each, in order.
+    """
+    total = sum(map(stack_size, shapes))
+    whole = jax.tree.map(lambda leaf: jnp.zeros((total, *leaf.shape[1:]), leaf.dtype), shapes[0])
+    first_block = 0
+    for place, shape in enumerate(shapes):
+        whole = jax.block_until_ready(_write_blocks(whole, read(place), first_block))
+        first_block += stack_size(shape)
+    return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_blocks(whole: Params, part: Params, first_block: Array | int) -> Params:
+    """`whole` with the blocks of `part` from `first_block` on, in place."""
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first_block, axis=0), whole, part
+    )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from stackwise_jax.ops.fp8 import Coded, coded_matmul, fp8_gradient_of_rows, fp8_matmul
 from stackwise_jax.ops.lowrank import LowRank, settled
-from stackwise_jax.ops.quant import decode
+from stackwise_jax.ops.quant import decode, multiply_row
 from stackwise_jax.types import Quantised
 
 
@@ -58,6 +58,8 @@ def as_array(weight: Float[Array, "D F"] | Quantised | LowRank, *, dtype: DTypeL
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _through_quantised(rows: Float[Array, "M D"], weight: Quantised, in_fp8: bool) -> Float[Array, "M F"]:
     """rows @ weight. The backward pass decodes again instead of keeping every decoded matrix of a stack."""
+    if len(rows) == 1 and not in_fp8:  # a token that is generated: reading the weight is all that it costs
+        return multiply_row(rows[0], weight).astype(rows.dtype)[None]
     decoded = decode(weight, rows.dtype)
     return fp8_matmul(rows, decoded) if in_fp8 else jnp.matmul(rows, decoded)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from stackwise_jax.types import Quantised
 
@@ -25,8 +25,7 @@ FORMATS = ("fp8", "nvfp4", "nf4")
 
 FP8_BLOCK, NVFP4_BLOCK, NF4_BLOCK, NF4_GROUP = 128, 16, 64, 256
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1_TABLE = np.array([*E2M1, *(-value for value in E2M1)], np.float32)  # bit 3 of a code is the sign
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits of a code; bit 3 is the sign
 # Dettmers et al. (2023), appendix E.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -64,14 +63,24 @@ def encode(weight: Float[Array, "*L D F"], kind: str) -> Quantised:
 
 def decode(weight: Quantised, dtype: DTypeLike) -> Float[Array, "*L D F"]:
     """The matrices that `encode` stored, computed in float32 and rounded once, to `dtype`."""
+    return (_decode_fp8(weight) if weight.kind == "fp8" else _decode_4_bits(weight)).astype(dtype)
+
+
+def multiply_row(x: Float[Array, "D"], weight: Quantised) -> Float32[Array, "F"]:
+    """x @ the matrix that `encode` stored, for one row, in float32.
+
+    One row meets each weight once, so numbers are decoded as they are summed and never written out: on an accelerator
+    the matrix is read in its stored bytes and nothing else is.
+    """
+    wide = x.astype(jnp.float32)
     if weight.kind == "fp8":
-        values = _decode_fp8(weight)
-    elif weight.kind == "nvfp4":
-        steps = weight.scales["block"].astype(jnp.float32) * weight.scales["matrix"][..., None, None]
-        values = _scaled_blocks(weight, _E2M1_TABLE, steps, NVFP4_BLOCK)
-    else:
-        values = _scaled_blocks(weight, _NF4_TABLE, _nf4_scales(weight), NF4_BLOCK)
-    return values.astype(dtype)
+        return jnp.sum(wide[:, None] * _decode_fp8(weight), axis=0)
+    half, F = weight.codes.shape
+    numbers, steps = _NUMBERS[weight.kind], _steps(weight)
+    pairs = jnp.pad(wide, (0, 2 * half - len(x))).reshape(len(steps), -1, 2, 1)
+    codes = weight.codes.reshape(len(steps), -1, F)
+    products = pairs[:, :, 0] * numbers(codes & 15) + pairs[:, :, 1] * numbers(codes >> 4)
+    return jnp.sum(products * steps[:, None, :], axis=(0, 1))
 
 
 @functools.lru_cache
@@ -156,14 +165,36 @@ def _blocks(wide: Float[Array, "*L D F"], size: int) -> Float[Array, "*L n size 
     return jnp.pad(wide, padding).reshape(*leading, -1, size, F)
 
 
-def _scaled_blocks(
-    weight: Quantised, table: Float[np.ndarray, "16"], steps: Float[Array, "*L n F"], size: int
-) -> Float[Array, "*L D F"]:
-    """The table's entry at each code times its block's step, without the rows that fill up the last block."""
+def _decode_4_bits(weight: Quantised) -> Float[Array, "*L D F"]:
+    """Each code's number times its block's step, without the rows that fill up the last block."""
     *leading, half, F = weight.codes.shape
-    codes = jnp.stack([weight.codes & 15, weight.codes >> 4], axis=-2)
-    values = jnp.take(table, codes.reshape(*leading, -1, size, F), axis=0) * steps[..., None, :]
+    numbers, steps = _NUMBERS[weight.kind], _steps(weight)
+    codes = jnp.stack([weight.codes & 15, weight.codes >> 4], axis=-2).reshape(*leading, steps.shape[-2], -1, F)
+    values = numbers(codes) * steps[..., None, :]
     return values.reshape(*leading, 2 * half, F)[..., : weight.shape[0], :]
+
+
+def _steps(weight: Quantised) -> Float[Array, "*L n F"]:
+    """What the numbers of each block are multiplied by."""
+    if weight.kind == "nf4":
+        return _nf4_scales(weight)
+    return weight.scales["block"].astype(jnp.float32) * weight.scales["matrix"][..., None, None]
+
+
+def _e2m1_numbers(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    """What codes stand for, without a table to look up in: from 1.0 on their bits are a float32's, moved and biased."""
+    magnitude = (codes & 7).astype(jnp.uint32)
+    below_one = magnitude * jnp.uint32(0x3F000000)  # the bits of 0.0 or of 0.5
+    bits = jnp.where(magnitude < 2, below_one, (magnitude << 22) + jnp.uint32(126 << 23))
+    sign = (codes & 8).astype(jnp.uint32) << 28
+    return jax.lax.bitcast_convert_type(bits | sign, jnp.float32)
+
+
+def _nf4_numbers(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    return jnp.asarray(_NF4_TABLE).at[codes].get(mode="promise_in_bounds")  # a code has four bits
+
+
+_NUMBERS = {"nvfp4": _e2m1_numbers, "nf4": _nf4_numbers}
 
 
 def _pack(codes: Int[Array, "*L n size F"]) -> UInt8[Array, "*L half F"]:

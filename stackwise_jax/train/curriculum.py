@@ -209,9 +209,10 @@ def _growing_rates(
     """
     progressive = config.training.progressive
     rates: dict[Name, float] = dict.fromkeys(unit, progressive.learning_rate_decay**grown)
-    for anchor in branches[1:] if progressive.anchor_every is not None else ():
-        by_anchors = set(anchor.live_stacks) - set(branches[0].live_stacks)
-        rates |= dict.fromkeys(by_anchors, 1.0 / progressive.anchor_every)
+    every = progressive.anchor_every
+    if every is not None:
+        by_anchors = {stack for branch in branches[1:] for stack in branch.live_stacks} - set(branches[0].live_stacks)
+        rates |= dict.fromkeys(by_anchors, 1.0 / every)
     return tuple((name, rate) for name, rate in sorted(rates.items(), key=str) if rate != 1.0)
 
 

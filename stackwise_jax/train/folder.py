@@ -16,7 +16,7 @@ import fcntl
 import functools
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -46,6 +46,7 @@ from stackwise_jax.types import Params
 
 STEP_NAME = re.compile(r"\d{8,}-\d{4,}")
 PART_NAME = re.compile(r"[a-z0-9-]+-[0-9a-f]{16}")
+PART_KINDS = ("embedding", "stacks", "head", "adapters", "shelves")
 
 
 def step_name(step: int, phase: int) -> str:
@@ -122,13 +123,21 @@ class Snapshot:
 
 
 def newest_snapshot(path: Path, *, say: Callable[[str], None] = warn) -> tuple[Snapshot | None, list[DamagedError]]:
-    """Reads the newest snapshot that is sound with everything it refers to; writes nothing.
+    """Reads the newest snapshot that is sound with everything it refers to; see `newest_sound`."""
+    return newest_sound(path, functools.partial(read_snapshot, path), say=say)
+
+
+def newest_sound[T](
+    path: Path, read: Callable[[Path], T], *, say: Callable[[str], None] = warn
+) -> tuple[T | None, list[DamagedError]]:
+    """What `read` returns of the newest snapshot's folder in which it finds no damage; writes nothing.
 
     Args:
+      read: raises DamagedError where something that it needs cannot be trusted.
       say: told of every newer snapshot that is passed over, in one line.
 
     Returns:
-      the snapshot, or None where there is none yet, and what is wrong with the newer ones.
+      that, or None where there is no snapshot yet, and what is wrong with the newer ones.
 
     Raises:
       UserError: there are snapshots and none is sound, or another version of this program wrote them.
@@ -136,14 +145,14 @@ def newest_snapshot(path: Path, *, say: Callable[[str], None] = warn) -> tuple[S
     damaged: dict[Path, DamagedError] = {}
     while left := [step for step in committed(path / "steps") if step not in damaged]:
         try:
-            snapshot = _read_snapshot(path, left[-1])
+            found = read(left[-1])
         except DamagedError as error:
             damaged[left[-1]] = error
             continue
         for step, error in damaged.items():
             needs = "" if error.folder == step else f"; snapshot {step.name} needs it"
             say(f"{error}{needs}; using snapshot {left[-1].name}")
-        return snapshot, list(damaged.values())
+        return found, list(damaged.values())
     if damaged:
         raise UserError(
             f"{path} holds no sound snapshot: {next(iter(damaged.values()))}; restore the folder from a copy, or start "
@@ -152,7 +161,12 @@ def newest_snapshot(path: Path, *, say: Callable[[str], None] = warn) -> tuple[S
     return None, []
 
 
-def _read_snapshot(path: Path, step: Path) -> Snapshot:
+def read_snapshot(path: Path, step: Path, kinds: Sequence[str] = PART_KINDS) -> Snapshot:
+    """Reads a snapshot of the run folder `path` with the frozen parts of some kinds.
+
+    Raises:
+      DamagedError: of the snapshot or of a part.
+    """
     meta = read_meta(step)
     config = config_lib.resolve(meta["config"])
     phases, key = make_curriculum(config), jax.random.key(config.seed)
@@ -164,13 +178,19 @@ def _read_snapshot(path: Path, step: Path) -> Snapshot:
         shape = source.snapshot_shape(phases, index, inside=inside, head_has_table=has_table, scaling=scaling)
         state = read_tree(step, shape)
     frozen = Frozen()
-    for kind in ("embedding", "stacks", "head", "adapters", "shelves"):
-        for name, reference in meta["parts"][kind].items():
-            part, shape = path / "stacks" / reference, part_shape(config, key, kind, name)
+    for kind in kinds:
+        for name in meta["parts"][kind]:
+            part, shape = part_place(path, config, meta, kind, name)
             tree, digest = read_part(part, shape)
             frozen.keep(kind, name, tree, digest, functools.partial(read_tree, part, shape))
             frozen.stacks.release(config.checkpoint.host_gib * 2**30)
     return Snapshot(step, config, meta, frozen, state)
+
+
+def part_place(path: Path, config: RunConfig, meta: Mapping[str, Any], kind: str, name: str) -> tuple[Path, Params]:
+    """Where a frozen part lies that the meta data of a snapshot names, and the shapes that it has."""
+    shape = part_shape(config, jax.random.key(config.seed), kind, name)
+    return path / "stacks" / meta["parts"][kind][name], shape
 
 
 def refuse_foreign(path: Path, config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stackwise_jax.errors import UserError
-from stackwise_jax.generate.autoregressive import _generate, generate, read_prompts, read_token
+from stackwise_jax.generate.autoregressive import generate, generate_rows, read_prompts, read_token
 from stackwise_jax.generate.texts import printable
 from stackwise_jax.models.rack import apply_rack, init_rack, output_table, row_context
 from stackwise_jax.schema import ArchitectureConfig, KernelConfig, LatentConfig, ModelConfig
@@ -181,7 +181,7 @@ def test_one_program_whatever_the_number_of_tokens():
     def program(tokens: int) -> str:
         arrays = (rack_of(PLAIN), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32), jax.random.key(0))
         options = (PLAIN, tokens, (0.0, 0, 1.0, 1.0), None, jnp.float32)
-        return _generate.lower(*arrays, jnp.ones(VOCAB, bool), *options).as_text()
+        return generate_rows.lower(*arrays, jnp.ones(VOCAB, bool), *options).as_text()
 
     assert program(12).count("\n") == program(3).count("\n")
 

@@ -12,7 +12,12 @@ from stackwise_jax.errors import UserError
 from stackwise_jax.generate.denoise import RackDenoiser, pad_rows
 from stackwise_jax.generate.depth import FORMS, denoise_by_depth, depth_of, make_band_denoisers
 from stackwise_jax.generate.reveal import Rule, row_keys
+from stackwise_jax.models.rack import init_rack
+from stackwise_jax.models.stack import stack_size
 from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.phases import stack_sizes
+from stackwise_jax.train.state import Frozen
+from stackwise_jax.train.trained import settled_rack
 from tests.generate.reading import ALLOWED, MASK, MODEL, PAD, VOCAB, Told, check_filled, rack_of
 
 BANDS = ((0.7, 1.0), (0.3, 0.7), (0.0, 0.3))
@@ -149,7 +154,7 @@ def test_a_run_says_how_its_bands_are_read(direction: str, overrides: dict, form
         objective__n_bands=3,
         training__progressive__direction=direction,
     )
-    config, rack = make(), {"stacks": [{}] * 5}
+    config, rack = make(), {"stacks": [{"scale": np.ones((1, 4))}] * 5}
     # The loop writes a head after every phase that trains stacks, but for the last one, whose head is the rack's.
     taps = {
         phase.main.live_stacks[-1]: {"after": phase.name} for phase in make_curriculum(config)[:-1] if phase.live_stacks
@@ -175,7 +180,33 @@ def test_a_run_says_how_its_bands_are_read(direction: str, overrides: dict, form
             with pytest.raises(UserError, match=f"--form={other}: .*can be run as: {form}"):
                 depth_of(config, rack, taps.get, form=other)
     with pytest.raises(UserError, match=r"4 of 5 stacks are there.*--stacks"):
-        depth_of(config, {"stacks": [{}] * 4}, taps.get)
+        depth_of(config, {"stacks": rack["stacks"][:4]}, taps.get)
+
+
+def test_bands_of_merged_stacks_are_read_as_of_stacks_apart(tiny: Any):
+    """Stacks of one band become one, of two bands never; a rack in which they did is refused."""
+    config = tiny(**RUN, objective__n_bands=2)
+    apart = init_rack(jax.random.key(0), config.model, stack_sizes(config))
+    frozen = Frozen(embedding=apart["embedding"], head=apart["head"])
+    frozen.stacks.update(enumerate(apart["stacks"]))
+    merged = settled_rack(config, frozen)
+    assert [stack_size(stack) for stack in merged["stacks"]] == [2, 1]
+    tokens = jnp.array([[1, MASK, 4, MASK, 7]])
+    logits = []
+    for rack, stacks in ((merged, ((0,), (1,))), (apart, ((0, 1), (2,)))):
+        depth = depth_of(config, rack, {}.get)
+        assert depth is not None
+        assert depth.stacks == stacks
+        made = make_band_denoisers(
+            rack, config.model, depth.stacks, form="independent", mask_id=MASK, pad_id=PAD, dtype=jnp.float32
+        )
+        logits.append([np.asarray(denoiser(tokens, jnp.ones(1))) for denoiser in made])
+    for one, other in zip(*logits, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    assert not np.allclose(logits[0][0], logits[1][1], rtol=2e-5, atol=2e-5)
+    whole = {**apart, "stacks": [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *apart["stacks"])]}
+    with pytest.raises(ValueError, match="blocks of two bands"):
+        depth_of(config, whole, {}.get)
 
 
 def test_a_run_whose_time_is_not_depth_has_none(tiny: Any):

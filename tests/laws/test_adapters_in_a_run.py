@@ -87,7 +87,7 @@ def test_adapters_are_parts_of_the_folder(adapted: Any) -> None:
     for stack, reference in run.references["adapters"].items():
         assert reference.startswith(f"adapter-{int(stack):04d}-")
         assert (run.folder.path / "stacks" / reference).is_dir()
-    read = load_trained(run.folder.path).rack
+    read = load_trained(run.folder.path, merged=False).rack
     for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(result.rack), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 

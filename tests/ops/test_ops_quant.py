@@ -69,6 +69,30 @@ def test_nvfp4_rounds_halves_to_even_and_keeps_signs():
     np.testing.assert_array_equal(through(w, "nvfp4")[16:, 0], [*even, *(-x for x in even)])
 
 
+@pytest.mark.parametrize(("kind", "block"), [("nvfp4", 16), ("nf4", 64)])
+def test_every_code_with_every_scale_decodes_to_the_bits_of_the_table(kind: str, block: int):
+    """Each byte holds two codes; each column has one of the 256 scales of E4M3, numbers or not."""
+    table = {"nvfp4": [*quant.E2M1, *(-x for x in quant.E2M1)], "nf4": quant.NF4}[kind]
+    halves = np.arange(256).astype(np.uint8)
+    codes = jnp.asarray(np.repeat(halves[:, None], 256, axis=1))
+    scales: dict[str, Any] = {"block": jax.lax.bitcast_convert_type(jnp.asarray(halves), jnp.float8_e4m3fn)}
+    scales["block"] = jnp.broadcast_to(scales["block"][None, :], (512 // block, 256))
+    steps = np.asarray(scales["block"][0].astype(jnp.float32))
+    if kind == "nvfp4":
+        scales["matrix"] = jnp.float32(0.37)
+        steps = steps * np.float32(0.37)
+    else:
+        scales |= {"group": jnp.full(512 // block, 0.37), "mean": jnp.float32(0.11)}
+        steps = steps * np.float32(0.37) + np.float32(0.11)
+    rows = np.stack([halves & 15, halves >> 4], axis=1).reshape(-1)
+    wanted = np.array(table, np.float32)[rows][:, None] * steps[None, :]
+    found = np.asarray(quant.decode(Quantised(codes, scales, kind, (512, 256)), jnp.float32))
+    is_number = ~np.isnan(wanted)
+    assert is_number.sum() == 512 * 254
+    np.testing.assert_array_equal(np.isnan(found), ~is_number)
+    np.testing.assert_array_equal(found.view(np.uint32)[is_number], wanted.view(np.uint32)[is_number])
+
+
 def test_blocks_without_any_size_and_with_a_giant_stay_numbers():
     w = gaussian(128, 8)
     w[:, 0], w[3, 1] = 0.0, 1e4
@@ -124,6 +148,18 @@ def test_gradient_passes_through_a_quantised_weight_and_none_goes_to_it(kind: st
     assert float(jnp.sum(through * step)) == pytest.approx(float(slope), rel=2e-2)
     assert float(jnp.sum(through * step)) != pytest.approx(float(slope) * 1.1, rel=2e-2)
     assert not any(np.any(leaf.astype(np.float32)) for leaf in jax.tree.leaves(of_weight) if leaf.dtype.itemsize)
+
+
+@pytest.mark.parametrize("kind", quant.FORMATS)
+@pytest.mark.parametrize("shape", [(256, 144), (150, 37)], ids=["whole blocks", "parts of blocks"])
+def test_one_row_is_multiplied_as_any_row_is(kind: str, shape: tuple[int, int]):
+    weight = quant.encode(jnp.asarray(gaussian(*shape)), kind)
+    rows = jnp.asarray(gaussian(2, shape[0], seed=1))
+    multiply = jax.jit(lambda rows: matmul(rows, weight, dtype=jnp.float32))
+    wanted = multiply(rows)
+    np.testing.assert_allclose(multiply(rows[:1]), wanted[:1], rtol=1e-5, atol=1e-8)
+    swapped = rows.reshape(2, -1, 2)[:, :, ::-1].reshape(rows.shape)  # what would stand in the other half of a byte
+    assert not np.allclose(multiply(swapped[:1]), wanted[:1], rtol=1e-5, atol=1e-8)
 
 
 # A stack.

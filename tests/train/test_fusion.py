@@ -132,9 +132,9 @@ def test_a_rack_that_is_only_assembled_is_a_finished_run(
     config = fused_config([str(runs["causal"]), f"{runs['causal']}:0"], "all", "", [], name="fused")
     result = finished(config, tiny_corpus, tmp_path / "fused")
     assert result.held_out == {}
-    trained = load_trained(tmp_path / "fused")
+    trained = load_trained(tmp_path / "fused", merged=False)
     assert (trained.finished, trained.step, len(trained.rack["stacks"])) == (True, 0, 3)
-    assert_same(trained.rack["stacks"][2], load_trained(runs["causal"]).rack["stacks"][0])
+    assert_same(trained.rack["stacks"][2], load_trained(runs["causal"], merged=False).rack["stacks"][0])
     # It continues to nothing, and is a source itself.
     assert_same(finished(config, tiny_corpus, tmp_path / "fused").rack, result.rack)
     again = fused_config([f"{tmp_path / 'fused'}:1-2"], "all", "", [], name="again")
