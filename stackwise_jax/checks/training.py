@@ -86,6 +86,11 @@ def check_progressive(config: RunConfig) -> None:
         not progressive.shares or (grows and strategy != "full" and progressive.direction != "independent"),
         f"training.progressive.shares={progressive.shares!r} is of modes that train a stack or a band per phase",
     )
+    decay = progressive.learning_rate_decay
+    require(
+        decay == 1.0 or (grows and strategy != "full" and progressive.direction != "independent"),
+        f"training.progressive.learning_rate_decay={decay} is of modes that train a stack or a band per phase",
+    )
     require(
         not prepends or growth.operator == "random",
         f"training.growth.operator={growth.operator!r} makes stacks after those that are there; "

@@ -26,6 +26,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
     ({"training.growth.sizes": "late"}, ["training.growth.sizes='late'", "trunk_strategy='full'"]),
     ({"training.growth.shares": "1,1"}, ["training.growth.shares='1,1'", "trunk_strategy='full'"]),
     ({**FULL, "training.progressive.shares": "1,1"}, ["training.progressive.shares='1,1'", "per phase"]),
+    ({**FULL, "training.progressive.learning_rate_decay": 0.5}, ["learning_rate_decay=0.5", "per phase"]),
     (
         {**FULL, "training.progressive.direction": "right_to_left", "training.growth.operator": "copy"},
         ["training.growth.operator='copy'", "needs 'random'"],
