@@ -167,7 +167,7 @@ class Frozen:
     """
 
     embedding: Params | None = None
-    stacks: "HeldStacks" = dataclasses.field(default_factory=lambda: HeldStacks())
+    stacks: HeldStacks = dataclasses.field(default_factory=HeldStacks)
     head: Params | None = None
     adapters: dict[int, Params] = dataclasses.field(default_factory=dict)
     shelves: dict[str, Params] = dataclasses.field(default_factory=dict)
