@@ -25,7 +25,7 @@ import numpy as np
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory import processes
 from stackwise_jax.memory.budget import readable_bytes
-from stackwise_jax.memory.fingerprint import array_digest, array_digests, join_digests, named_leaves
+from stackwise_jax.memory.fingerprint import array_digests, join_digests, named_leaves
 
 FORMAT = 3
 
@@ -134,8 +134,8 @@ def _read_arrays(folder: Path, digests: Mapping[str, str]) -> dict[str, np.ndarr
         raise DamagedError(folder, error) from None
     if set(arrays) != set(digests):
         raise DamagedError(folder, f"{sorted(set(arrays) ^ set(digests))[0]} is only on one side of its manifest")
-    for name, array in arrays.items():
-        if array_digest(name, array) != digests[name]:
+    for name, digest in array_digests(arrays).items():
+        if digest != digests[name]:
             raise DamagedError(folder, f"the digest of {name} does not match")
     return arrays
 
