@@ -78,7 +78,7 @@ def fused_config(sources: list[str], live: str, budget: str, overrides: list[str
     entries.model.architecture.update({"n_stacks": n_blocks // size, "blocks_per_stack": size})
     if not first.data.prepared:
         entries.data.tokenizer = str((parsed[0][0] / "tokenizer.model").absolute())
-    entries.training.mode = "fusion"
+    entries.training.update({"mode": "fusion", "embedding_from": "", "embedding_phase": "alone"})
     entries.training.fusion.update({"sources": "; ".join(sources), "budget": budget, "live": live})
     apply_overrides(entries, overrides)
     return config_lib.resolve(entries)

@@ -224,7 +224,8 @@ class TrainingConfig:
 
     mode: str = "stackwise"  # layerwise | blockwise | stackwise | progressive | fusion | end_to_end
     block_group: int = 1  # blocks a stack in blockwise mode
-    embedding_phase: str = "alone"  # alone (a phase 0 for embedding and head) | with_first_stack
+    embedding_phase: str = "alone"  # alone (phase 0: embedding and head) | with_first_stack | given (never trained)
+    embedding_from: str = ""  # a finished run, such as convert makes of a checkpoint, whose token table is the start
     head: str = "live"  # after the embedding is settled: live | frozen | copy (untie, then live)
     phase_budget: str = "200 steps"  # of each stack's phase (end_to_end: of the run); or "5M tokens"
     embedding_budget: str = "100 steps"  # of phase 0

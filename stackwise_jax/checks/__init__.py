@@ -8,7 +8,13 @@ from stackwise_jax.checks.data import check_data, check_mesh
 from stackwise_jax.checks.generation import check_generation
 from stackwise_jax.checks.model import check_model, check_objective
 from stackwise_jax.checks.ranges import check_ranges
-from stackwise_jax.checks.training import check_adapters, check_fusion, check_progressive, check_training
+from stackwise_jax.checks.training import (
+    check_adapters,
+    check_embedding,
+    check_fusion,
+    check_progressive,
+    check_training,
+)
 from stackwise_jax.schema import ObjectiveConfig, RunConfig
 
 
@@ -52,6 +58,7 @@ def settle(config: RunConfig) -> RunConfig:
     check_model(config)
     check_objective(config)
     check_training(config)
+    check_embedding(config)
     check_progressive(config)
     check_fusion(config)
     check_adapters(config)

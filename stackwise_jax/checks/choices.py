@@ -59,7 +59,7 @@ def check_choices(config: RunConfig) -> None:
         "objective.mask_form": (config.objective.mask_form, ("bernoulli", "count")),
         "objective.replacement": (config.objective.replacement, ("bert", "mask")),
         "training.mode": (training.mode, (*GROWING_MODES, "fusion", "end_to_end")),
-        "training.embedding_phase": (training.embedding_phase, ("alone", "with_first_stack")),
+        "training.embedding_phase": (training.embedding_phase, ("alone", "with_first_stack", "given")),
         "training.head": (training.head, ("live", "frozen", "copy")),
         "training.remat": (training.remat, ("none", "dots", "full")),
         "training.execution": (training.execution, ("auto", "fused", "chained")),

@@ -42,6 +42,40 @@ def check_training(config: RunConfig) -> None:
     )
 
 
+def check_embedding(config: RunConfig) -> None:
+    """A token table that another run gives, and whether it may stay as it is."""
+    model, training = config.model, config.training
+    require(
+        not training.embedding_from or training.mode != "fusion",
+        f"training.embedding_from={training.embedding_from!r}: a run of training.mode='fusion' has the embedding of "
+        "its first source; leave it empty",
+    )
+    if training.embedding_phase != "given":
+        return
+    require(
+        bool(training.embedding_from),
+        "training.embedding_phase='given' trains no embedding, so one must be there: name a finished run as "
+        "training.embedding_from, or set 'alone'",
+    )
+    others = {
+        "model.positions='learned'": model.positions == "learned",
+        f"model.token_types={model.token_types}": model.token_types > 0,
+        "model.embedding_norm=True": model.embedding_norm,
+        f"objective.time={config.objective.time!r}": model.time_input,
+    }
+    untrained = next((name for name, is_there in others.items() if is_there), None)
+    require(
+        untrained is None,
+        f"training.embedding_phase='given' trains nothing of the embedding, and with {untrained} it has more than a "
+        "token table; set it to 'alone' or 'with_first_stack'",
+    )
+    require(
+        training.head != "copy",
+        "training.head='copy' copies a table when the embedding settles, and with training.embedding_phase='given' it "
+        "never does; set model.ties_embedding=False with head='live', or embedding_phase='alone'",
+    )
+
+
 def check_progressive(config: RunConfig) -> None:
     """How a rack grows: direction, what happens to the trunk, last stacks, anchors, operators."""
     training, progressive, growth = config.training, config.training.progressive, config.training.growth

@@ -139,10 +139,15 @@ def _branches(config: RunConfig, path: Path, **roles: Role) -> tuple[Branch, ...
     )
 
 
+def _early(config: RunConfig) -> Role:
+    """The role of an embedding that no phase has settled yet."""
+    return FROZEN if config.training.embedding_phase == "given" else LIVE
+
+
 def _end_to_end(config: RunConfig) -> list[Phase]:
     path = tuple((stack, LIVE) for stack in range(len(stack_sizes(config))))
     steps = _steps(config, config.training.phase_budget, "phase_budget")
-    return [Phase("end_to_end", _branches(config, path, embedding=LIVE, head=LIVE), steps)]
+    return [Phase("end_to_end", _branches(config, path, embedding=_early(config), head=LIVE), steps)]
 
 
 def _embedding_phase(config: RunConfig) -> list[Phase]:
@@ -160,7 +165,10 @@ def _embedding_phase(config: RunConfig) -> list[Phase]:
 def _independent(config: RunConfig) -> list[Phase]:
     """Every band of noise trains its own stacks, from tokens, in turn; embedding and head are shared."""
     phases = _embedding_phase(config)
-    embedding, head = FROZEN if phases else LIVE, FROZEN if phases and config.training.head == "frozen" else LIVE
+    embedding, head = (
+        FROZEN if phases else _early(config),
+        FROZEN if phases and config.training.head == "frozen" else LIVE,
+    )
     bands = list(zip(band_stacks(config), band_edges(config), strict=True))
     (task, _), *_ = _tasks(config)
     branches = []
@@ -187,7 +195,7 @@ def _growing(config: RunConfig) -> list[Phase]:
     for grown, (number, share) in enumerate(zip(order, shares, strict=True)):
         unit, settling = units[number], not phases
         head = FROZEN if training.head == "frozen" and not settling else LIVE
-        branches = _unit_branches(config, unit, last, embedding=LIVE if settling else FROZEN, head=head)
+        branches = _unit_branches(config, unit, last, embedding=_early(config) if settling else FROZEN, head=head)
         branches = tuple(dataclasses.replace(branch, band=edges[number]) for branch in branches)
         phase = Phase(
             name=f"band_{number:04d}" if is_depth(config) else f"stack_{unit[0]:04d}",
@@ -270,7 +278,7 @@ def _all_live(config: RunConfig) -> list[Phase]:
         path = tuple((stack, LIVE) for stack in stage.stacks)
         phase = Phase(
             name=f"grown_to_{len(stage.stacks):04d}",
-            branches=_branches(config, path, embedding=LIVE, head=LIVE),
+            branches=_branches(config, path, embedding=_early(config), head=LIVE),
             steps=ends[number] - start,
             grows=stage.grows,
             operator=training.growth.operator,

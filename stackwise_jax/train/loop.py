@@ -46,7 +46,7 @@ from stackwise_jax.train.position import Position, Result, no_references
 from stackwise_jax.train.program import make_program
 from stackwise_jax.train.scaling import init_scaling
 from stackwise_jax.train.signals import StopSignals
-from stackwise_jax.train.sources import assemble
+from stackwise_jax.train.sources import given_parts
 from stackwise_jax.train.state import (
     Frozen,
     PartSource,
@@ -387,9 +387,9 @@ class Run:
         say(text)
         snapshot = self.folder.restore()
         if snapshot is None:
-            if self.config.training.mode == "fusion":
-                for kind, name, tree in assemble(self.config, tokenizer, say):
-                    self._freeze(kind, name, f"{int(name):04d}" if kind == "stacks" else name, tree)
+            for kind, name, tree in given_parts(self.config, tokenizer, say):
+                self._freeze(kind, name, f"{int(name):04d}" if kind == "stacks" else name, tree)
+            if self._unsaved:
                 self._save(required=True)
             return
         self.position, self.references = Position(**snapshot.meta["position"]), snapshot.meta["parts"]

@@ -1,4 +1,4 @@
-"""Stacks of finished runs, one after another as one rack: what a fusion run begins with."""
+"""What a run begins with that others have trained: stacks one after another as one rack, or a token table alone."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.errors import UserError
@@ -14,6 +16,7 @@ from stackwise_jax.memory.placement import to_host
 from stackwise_jax.memory.precision import from_storage, to_storage
 from stackwise_jax.models import weights
 from stackwise_jax.models.adapters import merge
+from stackwise_jax.models.rack import init_embedding
 from stackwise_jax.models.stack import placed, regroup, stack_size
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
@@ -21,6 +24,7 @@ from stackwise_jax.train.folder import Snapshot, newest_snapshot
 from stackwise_jax.train.phases import stack_sizes
 from stackwise_jax.types import Params
 
+_TABLE_ROWS = 8192  # of a token table that are widened to 64 bits at once
 _SOURCE = re.compile(r"(.+?)(?::(\d+)(?:-(\d+))?)?")
 
 
@@ -62,18 +66,40 @@ def chosen_stacks(folder: Path, n_stacks: int, first: int, last: int | None) -> 
     return range(first, end + 1)
 
 
-def open_source(folder: Path) -> Snapshot:
+def open_source(folder: Path, *, field: str = "training.fusion.sources") -> Snapshot:
     """The end of a finished run.
+
+    Args:
+      field: that names the folder.
 
     Raises:
       UserError: no run folder, or not finished.
     """
     if not (folder / "config.json").exists():
-        raise UserError(f"training.fusion.sources: {folder} is not a run folder: config.json is missing")
+        raise UserError(f"{field}: {folder} is not a run folder: config.json is missing")
+    if list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{field}: {folder} is a folder of transformers; make a run of it first: "
+            f"python -m stackwise_jax.convert --from={folder} --to=runs/{folder.name}"
+        )
     snapshot, _ = newest_snapshot(folder)
     if snapshot is None or snapshot.meta["phase"] < len(make_curriculum(snapshot.config)):
-        raise UserError(f"training.fusion.sources: the run {folder} is not finished; run it to its end first")
+        raise UserError(f"{field}: the run {folder} is not finished; run it to its end first")
     return snapshot
+
+
+def given_parts(
+    config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> Iterator[tuple[str, str, Params]]:
+    """Yields (kind, name, tree) of what a run begins with besides its seed; nothing, where that is all.
+
+    Raises:
+      UserError: see `assemble` and `given_embedding`.
+    """
+    if config.training.mode == "fusion":
+        yield from assemble(config, tokenizer, say)
+    elif config.training.embedding_from:
+        yield "embedding", "embedding", given_embedding(config, tokenizer, say)
 
 
 def assemble(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> Iterator[tuple[str, str, Params]]:
@@ -115,6 +141,50 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]
     yield "head", "head", head
 
 
+def given_embedding(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> Params:
+    """The embedding that a run begins with: the token table of `training.embedding_from`, all else as it is drawn.
+
+    Raises:
+      UserError: no finished run, another tokenizer, or another number of rows.
+    """
+    field, model = "training.embedding_from", config.model
+    folder = Path(config.training.embedding_from).expanduser()
+    snapshot = open_source(folder, field=field)
+    _require_tokenizer(folder, snapshot, tokenizer, field)
+    table = np.asarray(_part(snapshot, "embedding")["tokens"])
+    rows, width = table.shape
+    if rows != model.vocab_size:
+        raise UserError(f"{field}: the table of {folder} has {rows} rows; set model.vocab_size={rows}")
+    fitted, share = fitted_table(table, model.d_model)
+    kept = "" if width <= model.d_model else f", which hold {100 * share:.1f} percent of its squares"
+    say(f"{folder}: a table of {rows} x {width} on {model.d_model} columns{kept}")
+    return {**to_host(init_embedding(jax.random.key(config.seed), model)), "tokens": fitted}
+
+
+def fitted_table(table: Float[np.ndarray, "V E"], width: int) -> tuple[Float[np.ndarray, "V D"], float]:
+    """A token table at another width, by the linear map that keeps the most of the products between its rows.
+
+    To fewer columns: the principal directions of the rows, not centred, which of all maps to so many columns and back
+    have the least squared error (Eckart and Young, 1936). To more: zeros, and every product stays.
+
+    Returns:
+      the table, as it is stored where the widths are equal, and which share of its squares it holds.
+    """
+    rows, own = table.shape
+    if own <= width:
+        return np.pad(table, ((0, 0), (0, width - own))), 1.0
+    products = np.zeros((own, own))
+    for first in range(0, rows, _TABLE_ROWS):
+        some = table[first : first + _TABLE_ROWS].astype(np.float64)
+        products += some.T @ some
+    squares, directions = np.linalg.eigh(products)  # ascending
+    directions = directions[:, ::-1][:, :width]
+    largest = np.argmax(np.abs(directions), axis=0)
+    directions = directions * np.sign(directions[largest, np.arange(width)])[None, :]  # the same on every machine
+    share = float(squares[::-1][:width].sum() / max(squares.sum(), 1e-300))
+    return (table @ directions.astype(np.float32)).astype(np.float32), share
+
+
 def _part(snapshot: Snapshot, name: str) -> Params:
     part = snapshot.frozen.part(name)
     assert part is not None  # a finished run has settled everything
@@ -133,12 +203,15 @@ def _stored(snapshot: Snapshot, stack: int, precision: str) -> Params:
     return to_storage(tree, precision)
 
 
-def _require_fitting(folder: Path, snapshot: Snapshot, config: RunConfig, tokenizer: Tokenizer) -> None:
+def _require_tokenizer(folder: Path, snapshot: Snapshot, tokenizer: Tokenizer, field: str) -> None:
     if snapshot.meta["tokenizer"] != tokenizer.digest:
         raise UserError(
-            f"training.fusion.sources: {folder} was trained with another tokenizer; give its tokenizer.model as "
-            "data.tokenizer"
+            f"{field}: {folder} was trained with another tokenizer; give its tokenizer.model as data.tokenizer"
         )
+
+
+def _require_fitting(folder: Path, snapshot: Snapshot, config: RunConfig, tokenizer: Tokenizer) -> None:
+    _require_tokenizer(folder, snapshot, tokenizer, "training.fusion.sources")
     if _shapes(snapshot.config.model) != _shapes(config.model):
         raise UserError(
             f"training.fusion.sources: the blocks of {folder} have other shapes than those that `model` describes; "
