@@ -165,10 +165,8 @@ def _embedding_phase(config: RunConfig) -> list[Phase]:
 def _independent(config: RunConfig) -> list[Phase]:
     """Every band of noise trains its own stacks, from tokens, in turn; embedding and head are shared."""
     phases = _embedding_phase(config)
-    embedding, head = (
-        FROZEN if phases else _early(config),
-        FROZEN if phases and config.training.head == "frozen" else LIVE,
-    )
+    embedding = FROZEN if phases else _early(config)
+    head = FROZEN if phases and config.training.head == "frozen" else LIVE
     bands = list(zip(band_stacks(config), band_edges(config), strict=True))
     (task, _), *_ = _tasks(config)
     branches = []
