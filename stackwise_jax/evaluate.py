@@ -3,10 +3,12 @@
     python -m stackwise_jax.evaluate --workdir=runs/quickstart
     python -m stackwise_jax.evaluate --workdir=runs/quickstart --source="notes/**/*.txt" --rows=256
     python -m stackwise_jax.evaluate --workdir=runs/masked --order=left_to_right --rows=32
+    python -m stackwise_jax.evaluate --workdir=runs/quickstart --exit=0.5,0.9
 
 Without --source: the held-out rows that training measured, out of the prepared corpus. With it: those documents, packed
 into rows as in training, by the run's own tokenizer. A diffusion run is measured by its bound; --order asks a run that
-was trained at all masked fractions for the exact likelihood in that order, at one network evaluation a token.
+was trained at all masked fractions for the exact likelihood in that order, at one network evaluation a token. --exit
+asks what is lost and saved where places leave after the first stack whose head is so sure of them.
 """
 
 import dataclasses
@@ -32,6 +34,7 @@ from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.evals.bound import FLOOR, Edges, Likelihood, Piece, Rows, diffusion_bound, is_whole, level_losses
 from stackwise_jax.evals.likelihood import RowLosses, held_out_loss
 from stackwise_jax.evals.orders import ORDERS, order_likelihood
+from stackwise_jax.generate import exits
 from stackwise_jax.generate.denoise import RackDenoiser
 from stackwise_jax.generate.depth import Depth, depth_of, make_band_denoisers
 from stackwise_jax.memory.placement import start_backend
@@ -66,6 +69,8 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_integer("draws", None, draws_help, lower_bound=1, flag_values=options)
     form_help = "How the bands of a run whose time is depth are run: as trained, or step_local."
     flags.DEFINE_string("form", None, form_help, flag_values=options)
+    exit_help = 'Probabilities from which a place leaves early, such as "0.5,0.9".'
+    flags.DEFINE_string("exit", None, exit_help, flag_values=options)
     return options
 
 
@@ -73,12 +78,20 @@ def main(options: Any) -> None:
     """Prints a small table."""
     workdir = required_workdir(options)
     start_backend()
-    trained = load_trained(workdir, n_stacks=options.stacks)
+    thresholds = None if options.exit is None else exits.parse_thresholds(options.exit)
+    trained = load_trained(workdir, n_stacks=options.stacks, merged=thresholds is None)
     state = "finished" if trained.finished else "not finished"
     print(f"run {workdir}: {trained.n_stacks} stack(s), {trained.step} steps, {state}")
     print(f"text: {options.source or 'the held-out rows of the run'}")
     how = {name: options[name].value for name in ("source", "rows", "objective", "order", "draws", "form")}
-    print(describe(evaluate(trained, **how)))
+    if thresholds is None:
+        print(describe(evaluate(trained, **how)))
+        return
+    if given := [name for name in ("order", "draws", "form") if how[name] is not None]:
+        raise UserError(f"--{given[0]} does not go with --exit; leave one of them out")
+    trained = dataclasses.replace(trained, config=_config_of(trained.config, options.objective))
+    batches = _batches(trained, options.source, options.rows)
+    print(exits.describe_exits(exits.measure_exits(trained, batches, thresholds)))
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -133,11 +146,7 @@ def evaluate(
     trained = dataclasses.replace(trained, config=config)
     depth = depth_of(config, trained.rack, trained.tap, form=form)
     _check_measure(config, depth, order, draws)
-    if source is None:
-        batches = _own_batches(trained, rows)
-    else:
-        size = config.training.batch_size
-        batches = source_batches(source, trained.tokenizer, config.data, batch_size=size, rows=rows)
+    batches = _batches(trained, source, rows)
     if order is not None or _is_drawn(config, depth):
         result = _masked_figures(trained, batches, depth, order, draws or DRAWS)
     else:
@@ -252,6 +261,14 @@ def _pieces(trained: Trained, batches: Iterable[Batch], depth: Depth | None) -> 
             rows = Rows(own.tokens, eligible, own.row_ids)
             packing = {"segments": own.segments, "positions": own.positions}
             yield rows, tuple(dataclasses.replace(denoiser, **packing) for denoiser in denoisers)
+
+
+def _batches(trained: Trained, source: str | None, rows: int | None) -> Iterator[Batch]:
+    """The rows of a source, or the run's own where there is none."""
+    if source is None:
+        return _own_batches(trained, rows)
+    data, size = trained.config.data, trained.config.training.batch_size
+    return source_batches(source, trained.tokenizer, data, batch_size=size, rows=rows)
 
 
 def source_batches(

@@ -16,6 +16,8 @@ from stackwise_jax.models import weights
 from stackwise_jax.ops.rounding import BLOCK
 from stackwise_jax.schema import ModelConfig, RunConfig
 
+_OF_QUERIES = ("query", "query_latent", "query_norm", "output")  # maps of attention that serve a place's own reading
+
 
 def parameters_per_device(table: weights.Table, fsdp: int) -> int:
     """Parameters of a table that lie on one device: its share of every matrix, and all vectors."""
@@ -77,6 +79,12 @@ def _places_seen(model: ModelConfig, seq_len: int, kind: str) -> float:
         return local
     n_global = -(-model.n_blocks // model.global_every)
     return (n_global * whole + (model.n_blocks - n_global) * local) / model.n_blocks
+
+
+def stored_forward_flops(model: ModelConfig) -> float:
+    """FLOPs a token of what a reader keeps of a place in one block: its keys and values, or the latents of them."""
+    maps = {name: own for name, own in weights.block_table(model)["attention"].items() if name not in _OF_QUERIES}
+    return 2.0 * sum(w.size for linear in maps.values() for w in linear.values() if w.is_matrix)
 
 
 def head_forward_flops(model: ModelConfig) -> float:

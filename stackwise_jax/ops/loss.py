@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class _Chunks(NamedTuple):
@@ -76,6 +76,24 @@ def token_losses(
         return _losses(logits, jax.nn.logsumexp(logits, axis=1), chunk.targets)
 
     return jax.lax.map(losses, chunks).reshape(-1)[:M]
+
+
+def token_scores(
+    hidden: Float[Array, "M D"], table: Float[Array, "V D"], targets: Int[Array, "M"], *, chunk_tokens: int
+) -> tuple[Float[Array, "M"], Float[Array, "M"], Bool[Array, "M"]]:
+    """As `token_losses`, and of each place the largest probability, and whether it is the target's."""
+    _check_dtypes(hidden, table)
+    M = hidden.shape[0]
+    chunks = _to_chunks(hidden, targets, jnp.ones(M, jnp.float32), chunk_tokens)
+
+    def scores(chunk: _Chunks) -> tuple[Array, Array, Array]:
+        logits = _logits(chunk.hidden, table)
+        log_sums = jax.nn.logsumexp(logits, axis=1)
+        confidence = jnp.exp(jnp.max(logits, axis=1) - log_sums)
+        return _losses(logits, log_sums, chunk.targets), confidence, jnp.argmax(logits, axis=1) == chunk.targets
+
+    losses, confidence, is_right = (part.reshape(-1)[:M] for part in jax.lax.map(scores, chunks))
+    return losses, confidence, is_right
 
 
 def _check_dtypes(hidden: Array, table: Array) -> None:

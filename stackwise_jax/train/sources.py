@@ -1,7 +1,8 @@
 """What a run begins with that others have trained: stacks one after another as one rack, or a token table alone."""
 
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stackwise_jax.models.rack import init_embedding
 from stackwise_jax.models.stack import placed, regroup, stack_size
 from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
-from stackwise_jax.train.folder import Snapshot, newest_snapshot
+from stackwise_jax.train.folder import PART_KINDS, Snapshot, newest_sound, read_snapshot
 from stackwise_jax.train.phases import stack_sizes
 from stackwise_jax.types import Params
 
@@ -66,11 +67,12 @@ def chosen_stacks(folder: Path, n_stacks: int, first: int, last: int | None) -> 
     return range(first, end + 1)
 
 
-def open_source(folder: Path, *, field: str = "training.fusion.sources") -> Snapshot:
+def open_source(folder: Path, *, field: str = "training.fusion.sources", kinds: Sequence[str] = PART_KINDS) -> Snapshot:
     """The end of a finished run.
 
     Args:
       field: that names the folder.
+      kinds: of the frozen parts that are read.
 
     Raises:
       UserError: no run folder, or not finished.
@@ -82,7 +84,7 @@ def open_source(folder: Path, *, field: str = "training.fusion.sources") -> Snap
             f"{field}: {folder} is a folder of transformers; make a run of it first: "
             f"python -m stackwise_jax.convert --from={folder} --to=runs/{folder.name}"
         )
-    snapshot, _ = newest_snapshot(folder)
+    snapshot, _ = newest_sound(folder, functools.partial(read_snapshot, folder, kinds=kinds))
     if snapshot is None or snapshot.meta["phase"] < len(make_curriculum(snapshot.config)):
         raise UserError(f"{field}: the run {folder} is not finished; run it to its end first")
     return snapshot
@@ -149,7 +151,7 @@ def given_embedding(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str]
     """
     field, model = "training.embedding_from", config.model
     folder = Path(config.training.embedding_from).expanduser()
-    snapshot = open_source(folder, field=field)
+    snapshot = open_source(folder, field=field, kinds=("embedding",))
     _require_tokenizer(folder, snapshot, tokenizer, field)
     table = np.asarray(_part(snapshot, "embedding")["tokens"])
     rows, width = table.shape
