@@ -202,6 +202,8 @@ class FusionConfig:
     live: str = "all"  # all | last:4 (the last four stacks) | adapters (low-rank parts of all stacks, head live)
     embedding: str = "live"  # live | frozen
     unfreeze_phases: int = 1  # the live stacks join in so many phases, from the head down
+    opening: float = 0.0  # share of the budget over which attention opens from causal to bidirectional
+    opening_stages: int = 8  # in so many stages; at stage k every place sees the first k / opening_stages of its row
     trunk_learning_rate_scale: float = 1.0  # of every live stack but the last
     learning_rate_scale: float = 1.0  # of everything, in these phases
 

@@ -42,6 +42,7 @@ class Batch:
       row_ids: which row of the corpus this is.
       visits: how many times the row was drawn before.
       bands: (low, high) of each row's masked fraction, as a phase asks for it; None: the range of the config.
+      prefix_lengths: places of each row, from its start, that every place sees, where a phase opens masked rows so far.
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -50,6 +51,7 @@ class Batch:
     row_ids: Int[AnyArray, "B"]
     visits: Int[AnyArray, "B"]
     bands: Float[AnyArray, "B 2"] | None = None
+    prefix_lengths: Int[AnyArray, "B"] | None = None
 
 
 @jax.tree_util.register_dataclass

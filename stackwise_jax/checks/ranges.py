@@ -19,6 +19,7 @@ _AT_LEAST: dict[str, float] = {
     "objective.max_weight": 0, "objective.block_length": 1, "objective.n_bands": 1, "objective.consistency": 0,
     "training.progressive.last_stacks": 0, "training.progressive.anchor_every": 2,
     "training.progressive.rebuild_every": 1, "training.fusion.unfreeze_phases": 1,
+    "training.fusion.opening_stages": 1,
     "training.fusion.trunk_learning_rate_scale": 0, "training.fusion.learning_rate_scale": 0,
     "training.block_group": 1, "training.batch_size": 1, "training.accumulation_steps": 1,
     "training.embedding_learning_rate_scale": 0, "training.loss_chunk_tokens": 1, "training.unroll_blocks": 1,
@@ -38,6 +39,7 @@ _FRACTIONS = (
     "objective.prefix_share", "objective.level_min", "objective.level_max", "optimizer.beta1",
     "optimizer.beta2", "optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
     "training.progressive.learning_rate_decay", "generation.top_p", "generation.remask", "generation.threshold",
+    "training.fusion.opening",
 )  # fmt: skip
 
 

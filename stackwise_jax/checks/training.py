@@ -156,9 +156,14 @@ def check_fusion(config: RunConfig) -> None:
         f"training.fusion.sources={fusion.sources!r} and training.mode={training.mode!r}: the mode 'fusion' needs run "
         "folders to begin with, and no other mode takes them",
     )
+    require(
+        not fusion.opening or bool(fusion.budget),
+        f"training.fusion.opening={fusion.opening} is a share of training.fusion.budget, which is empty; give one",
+    )
     if not fusion.budget:
         return
     budget_steps(fusion.budget, 1, field="training.fusion.budget")
+    _check_opening(config)
     match = re.fullmatch(r"last:([1-9]\d*)", fusion.live)
     n_live = int(match.group(1)) if match else n_stacks
     require(
@@ -180,6 +185,33 @@ def check_fusion(config: RunConfig) -> None:
         training.mode != "end_to_end" and config.objective.time in ("none", "input"),
         "training.fusion.budget asks for a phase after growth in which stacks are trained together; it goes with a "
         "mode that grows, or 'fusion', and not with objective.time='depth'",
+    )
+
+
+def _check_opening(config: RunConfig) -> None:
+    """Attention that opens from causal to bidirectional, in phases that end in it."""
+    fusion, objective, attention = config.training.fusion, config.objective, config.model.attention
+    if not fusion.opening:
+        return
+    require(
+        objective.name in ("mlm", "diffusion") and attention == "bidirectional",
+        f"training.fusion.opening={fusion.opening} ends in bidirectional attention on masked places: it needs "
+        f"objective.name=mlm or diffusion and model.attention='bidirectional', not {objective.name!r} with "
+        f"{attention!r}",
+    )
+    require(
+        fusion.unfreeze_phases == 1,
+        f"training.fusion.opening={fusion.opening} needs training.fusion.unfreeze_phases=1, not "
+        f"{fusion.unfreeze_phases}: one thing changes from phase to phase",
+    )
+    steps = budget_steps(
+        fusion.budget, config.training.batch_size * config.data.seq_len, field="training.fusion.budget"
+    )
+    opening = round(steps * fusion.opening)
+    require(
+        fusion.opening_stages <= opening < steps,
+        f"training.fusion.opening={fusion.opening} makes {opening} of {steps} updates; it must leave some after it, "
+        f"and have one at least for each of training.fusion.opening_stages={fusion.opening_stages}",
     )
 
 

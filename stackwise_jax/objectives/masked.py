@@ -81,4 +81,5 @@ def ask_for(
         segments=batch.segments,
         positions=batch.positions,
         rates=rates,
+        prefix_lengths=batch.prefix_lengths,
     )

@@ -306,7 +306,33 @@ def _fusion(config: RunConfig) -> list[Phase]:
         )
         start, end = (round(steps * part / n_phases) for part in (number, number + 1))
         phases.append(Phase(f"fusion_{number:04d}", branches, max(1, end - start), rates=_fusion_rates(config, path)))
-    return phases
+    return _opened(config, phases[0]) if fusion.opening else phases
+
+
+def _opened(config: RunConfig, phase: Phase) -> list[Phase]:
+    """The phase, before it so many stages of it in which more and more of a row is seen from everywhere.
+
+    A causal rack becomes one that reads both ways while its weights move (Gong et al., 2024, who open pairs of places
+    at random). The first stage is causal. All are one program: how far a row is open is data.
+    """
+    fusion, (branch,) = config.training.fusion, phase.branches
+    n_stages, opening = fusion.opening_stages, round(phase.steps * fusion.opening)
+    starts = [round(opening * stage / n_stages) for stage in range(n_stages + 1)]
+    task = dataclasses.replace(branch.task, attention="prefix")
+    stages = [
+        dataclasses.replace(
+            phase,
+            name=f"{phase.name}_{stage:02d}",
+            branches=(dataclasses.replace(branch, task=task, opened=stage / n_stages, cached=False),),
+            steps=end - start,
+            schedule=(start, phase.steps),
+        )
+        for stage, (start, end) in enumerate(itertools.pairwise(starts))
+    ]
+    whole = dataclasses.replace(
+        phase, name=f"{phase.name}_{n_stages:02d}", steps=phase.steps - opening, schedule=(opening, phase.steps)
+    )
+    return [*stages, whole]
 
 
 def _fusion_rates(config: RunConfig, path: Path) -> tuple[tuple[Name, float], ...]:

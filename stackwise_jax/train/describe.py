@@ -150,6 +150,8 @@ def _branch_text(branch: Branch) -> str:
     if branch.band is not None:
         low, high = branch.band
         roles.append(f"masked {high:g}" if low == high else f"masked {low:g} to {high:g}")
+    if branch.opened is not None:
+        roles.append(f"causal but for the first {100 * branch.opened:.0f}%" if branch.opened else "causal")
     if branch.path and branch.execution == "chained":
         roles.append("chained")
     return ", ".join(roles)

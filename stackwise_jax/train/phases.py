@@ -37,6 +37,8 @@ class Branch:
     Attributes:
       embedding, head: their roles.
       band: (low, high) masked fraction that the task draws its rates from; None: the range of the config.
+      opened: share of the row, from its start, that every place sees, where the task's attention is prefix and its
+        objective draws none; None otherwise.
       share: of the updates of the phase.
       cached: the trunk's output comes from the activation cache.
       execution: fused or chained.
@@ -47,6 +49,7 @@ class Branch:
     head: Role
     task: Task
     band: tuple[float, float] | None = None
+    opened: float | None = None
     share: float = 1.0
     cached: bool = False
     execution: str = "fused"

@@ -198,7 +198,7 @@ class TrunkInputs:
 
     def training_batch(self, branch: Branch, batch: Batch, index: int) -> tuple[Batch, Array | None]:
         """Returns batch number `index` as the step must see it, and the trunk's output for it (None: from tokens)."""
-        batch = in_band(batch, branch)
+        batch = as_asked(batch, branch)
         if not branch.cached:
             batch = self._place.to_rows(batch)
             return batch, self._recompute(branch, batch)
@@ -214,7 +214,7 @@ class TrunkInputs:
     def held_out_batches(self, branch: Branch) -> Iterator[tuple[Batch, Array | None]]:
         """The held-out batches with the trunk's output for them."""
         for batch in self.held_out:
-            batch = in_band(batch, branch)
+            batch = as_asked(batch, branch)
             placed = self._place.to_rows(batch)
             yield placed, self._caches["held_out"].read(batch) if branch.cached else self._recompute(branch, placed)
 
@@ -271,12 +271,12 @@ class TrunkInputs:
 
         def embed() -> Callable[[Batch], Array]:
             embedding = place.to_weights(frozen.embedding)
-            return lambda batch: self._forward.embed(task, embedding, in_band(batch, branch))
+            return lambda batch: self._forward.embed(task, embedding, as_asked(batch, branch))
 
         def stack(number: int) -> Callable[[Array, Batch], Array]:
             own = self._forward.decoded(place.to_weights(frozen.stacks[number]))  # once for all rows that pass it
             own_timing = place.to_weights(timing)
-            return lambda x, batch: self._forward.forward(task, own, own_timing, x, in_band(batch, branch))
+            return lambda x, batch: self._forward.forward(task, own, own_timing, x, as_asked(batch, branch))
 
         chain = self.fingerprints(name, branch, frozen)
         return Trunk(chain, embed, [functools.partial(stack, number) for number in branch.trunk])
@@ -311,9 +311,11 @@ class TrunkInputs:
         return chain
 
 
-def in_band(batch: Batch, branch: Branch) -> Batch:
-    """The batch with the band of masked fractions that a branch draws from, where it has one."""
-    if branch.band is None:
-        return batch
-    bands = np.tile(np.array(branch.band, np.float32), (batch.tokens.shape[0], 1))
-    return dataclasses.replace(batch, bands=bands)
+def as_asked(batch: Batch, branch: Branch) -> Batch:
+    """The batch with the band of masked fractions and the opened part of rows that a branch asks for, if any."""
+    B, T = batch.tokens.shape
+    if branch.band is not None:
+        batch = dataclasses.replace(batch, bands=np.tile(np.array(branch.band, np.float32), (B, 1)))
+    if branch.opened is not None:
+        batch = dataclasses.replace(batch, prefix_lengths=np.full(B, round(branch.opened * T), np.int32))
+    return batch
