@@ -110,7 +110,7 @@ def test_a_causal_run_opens_goes_on_exactly_and_is_sampled(tiny: Any, tiny_corpu
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"objective.name": "clm", "model.attention": "causal"}, "not 'clm' with 'causal'"),
+        ({"objective.name": "clm", "objective.shift": False, "model.attention": "causal"}, "not 'clm' with 'causal'"),
         ({"model.attention": "causal"}, "not 'diffusion' with 'causal'"),
         ({"training.fusion.unfreeze_phases": 2}, "unfreeze_phases=1, not 2"),
         ({"training.fusion.opening": 1.0}, "makes 20 of 20 updates; it must leave some"),
