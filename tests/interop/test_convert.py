@@ -17,9 +17,11 @@ from folders import BFLOAT16, make_folder, read_folder, weights_of
 from live import reference_python
 
 from stackwise_jax import convert
+from stackwise_jax.config import resolve
 from stackwise_jax.data.json_tokenizer import JsonTokenizer
 from stackwise_jax.errors import UserError
 from stackwise_jax.evaluate import evaluate
+from stackwise_jax.fuse import fused_config
 from stackwise_jax.generate.texts import continue_texts
 from stackwise_jax.interop import huggingface
 from stackwise_jax.interop.shards import plan_shards, write_shards
@@ -27,6 +29,7 @@ from stackwise_jax.interop.tokenizer_files import sentencepiece_as_json
 from stackwise_jax.models.rack import apply_rack, output_table, row_context
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.train import loop
+from stackwise_jax.train.sources import given_parts
 from stackwise_jax.train.trained import Trained, load_trained
 
 SHORT = {"training__embedding_phase": "with_first_stack", "training__phase_budget": "2 steps", "evaluation__rows": 8}
@@ -315,3 +318,22 @@ def test_a_model_without_a_family_is_refused(our_run: Path, tmp_path: Path, monk
     monkeypatch.setattr(huggingface, "open_finished", lambda _: other)
     message = refusal(our_run, tmp_path / "out")
     assert "nearest is llama, which needs model.ffn='swiglu', not 'geglu', model.positions='rotary'" in message
+
+
+def test_a_converted_folder_is_a_source_of_stacks_and_of_a_table(tmp_path: Path):
+    """Its blocks follow one another as a fused rack's stacks, and its token table alone is another run's start."""
+    source = make_folder(tmp_path / "hf", "llama3_grouped")
+    run_convert(source, tmp_path / "run")
+    run, trained = str(tmp_path / "run"), load_trained(tmp_path / "run", merged=False)
+    config, tokenizer = fused_config([run], "all", "", [], name="fused"), trained.tokenizer
+    parts = {(kind, name): tree for kind, name, tree in given_parts(config, tokenizer, lambda _: None)}
+    for number, stack in enumerate(trained.rack["stacks"]):
+        jax.tree.map(np.testing.assert_array_equal, parts["stacks", str(number)], stack)
+    model = {"vocab_size": config.model.vocab_size, "d_model": config.model.d_model, "n_heads": 2}
+    other = resolve({"model": model, "training": {"embedding_from": run, "embedding_phase": "given"}})
+    (kind, _, embedding), *rest = given_parts(other, tokenizer, lambda _: None)
+    assert (kind, rest) == ("embedding", [])
+    np.testing.assert_array_equal(embedding["tokens"], weights_of("llama3_grouped")["model.embed_tokens.weight"])
+    theirs = dataclasses.replace(other, training=dataclasses.replace(other.training, embedding_from=str(source)))
+    with pytest.raises(UserError, match=r"stackwise_jax\.convert --from="):
+        list(given_parts(theirs, tokenizer, lambda _: None))
