@@ -60,6 +60,19 @@ class KernelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """The feed-forward as a mixture of experts, none of which ever refuses a token."""
+
+    count: int = 0  # experts of a block that a router chooses from; 0: a dense feed-forward of width model.d_ff
+    active: int = 2  # of them for each token
+    shared: int = 0  # experts beside these, which every token goes through
+    d_ff: int | None = None  # hidden width of an expert; None: model.d_ff
+    normalises: bool = True  # weights of the active ones add up to 1 (Mixtral) | False: shares of all (Switch)
+    balance: float = 0.01  # weight of the load-balance loss in training: 1 for even loads; never in evaluations
+    z_loss: float = 0.0  # weight of the router's log(sum(exp(logits)))**2 in training (ST-MoE: 1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
 
@@ -91,6 +104,7 @@ class ModelConfig:
     attention_kind: str = "mha"  # mha (grouped queries too) | mla (latents) | kernel | mlgka (latents and a kernel)
     latent: LatentConfig = LatentConfig()
     kernel: KernelConfig = KernelConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     window: int | None = None  # attention reaches so many places to either side; None: all
     global_every: int | None = None  # with a window: blocks 0, n, 2 n .. have none; None: every block has it
     time_input: bool = False  # blocks are told the masked fraction (adaptive norms); follows objective.time
@@ -107,6 +121,10 @@ class ModelConfig:
     def is_gated(self) -> bool:
         """The feed-forward multiplies its activation by a second linear map."""
         return self.ffn in ("swiglu", "geglu", "geglu_erf")
+
+    @property
+    def has_experts(self) -> bool:
+        return self.experts.count > 0
 
     @property
     def has_latents(self) -> bool:

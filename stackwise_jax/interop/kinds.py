@@ -105,6 +105,8 @@ def _complaints(family: str, model: ModelConfig) -> list[str]:
         value = getattr(model, field)
         if field not in _FREE[family] and value not in allowed:
             found.append(f"model.{field}={' or '.join(map(repr, allowed))}, not {value!r}")
+    if model.has_experts:
+        found.append("model.experts.count=0")
     if model.stability.residual_gain is not None:
         found.append("model.stability.residual_gain=None")
     if family != "llama" and (model.n_kv_heads or model.n_heads) != model.n_heads:

@@ -32,7 +32,7 @@ def stored_block_bytes(config: RunConfig, fsdp: int = 1) -> int:
     """Bytes of one frozen block in trunk precision: of its share on one of `fsdp` devices that divide the matrices."""
     leaves = jax.tree.leaves(weights.block_table(config.model), is_leaf=weights.is_weight)
     return sum(
-        weight_bytes(weight.shape, config.precision.trunk) // (fsdp if weight.is_matrix else 1) for weight in leaves
+        weight_bytes(weight, config.precision.trunk) // (fsdp if weight.is_matrix else 1) for weight in leaves
     )
 
 
@@ -43,11 +43,19 @@ def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None 
       attention: kind of mask, where it is not the model's; block diffusion runs every row twice, side by side.
     """
     table = weights.block_table(model)
-    kernels = [table["mlp"], table["attention"]]
-    matrices = sum(w.size for part in kernels for linear in part.values() for w in linear.values() if w.is_matrix)
+    leaves = jax.tree.leaves([table["mlp"], table["attention"]], is_leaf=weights.is_weight)
+    matrices = sum(weight.size for weight in leaves if len(weight.shape) > 1) - idle_parameters(model)
     kind = attention or model.attention
     mixing = _mixing_flops(model, _places_seen(model, seq_len, kind))
     return (2.0 if kind == "block_diffusion" else 1.0) * (2.0 * matrices + mixing)
+
+
+def idle_parameters(model: ModelConfig) -> int:
+    """Parameters of a block that a token does not meet: those of the experts that it is not sent to."""
+    if not model.has_experts:
+        return 0
+    of_experts = weights.count(weights.block_table(model)["mlp"]["experts"])
+    return of_experts * (model.experts.count - model.experts.active) // model.experts.count
 
 
 def _mixing_flops(model: ModelConfig, seen: float) -> float:
@@ -162,10 +170,14 @@ def activation_bytes(config: RunConfig, live_blocks: int) -> int:
     tokens = rows * config.data.seq_len
     item = item_bytes(config.precision.compute)
     heads = _kept_by_attention(model)
-    ffn = 4 if model.is_gated else 2
+    ffn, dots = (4, 3) if model.is_gated else (2, 1)
+    own, hidden, routed = model.experts, model.d_ff, 0
+    if model.has_experts:  # rows by expert and what comes of them; nothing of it is a plain matmul that "dots" keeps
+        width = own.d_ff or model.d_ff
+        hidden, routed = own.shared * width, own.active * (2 * model.d_model + ffn * width)
     inside = {
-        "none": 6 * model.d_model + heads + ffn * model.d_ff,
-        "dots": 3 * model.d_model + heads + (ffn - 1) * model.d_ff,
+        "none": 6 * model.d_model + heads + ffn * hidden + routed,
+        "dots": 3 * model.d_model + heads + dots * hidden,
         "full": model.d_model,
     }[config.training.remat]
     logits = 8 * min(tokens, config.training.loss_chunk_tokens) * model.vocab_size

@@ -39,8 +39,8 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Norms and biases are not."""
-        return len(self.shape) == 2
+        """Norms, biases and routers are not. Of experts it is one array [E D F]."""
+        return len(self.shape) >= 2 and self.axes[-1] != "E"
 
     @property
     def size(self) -> int:
@@ -90,15 +90,11 @@ def block_table(model: ModelConfig) -> Table:
     """
     std = model.init_std
     residual_std = std / math.sqrt(2 * model.n_blocks)
-    width, hidden = (model.d_model, "D"), (model.d_ff, "F")
-    mlp = {"up": _linear(model, width, hidden, std), "down": _linear(model, hidden, width, residual_std)}
-    if model.is_gated:
-        mlp["gate"] = _linear(model, width, hidden, std)
     table: Table = {
         "attention_norm": _norm(model),
         "attention": _attention(model, std, residual_std),
         "mlp_norm": _norm(model),
-        "mlp": mlp,
+        "mlp": _experts(model, std, residual_std) if model.has_experts else _mlp(model, model.d_ff, std, residual_std),
     }
     if model.time_input:
         table["adaptive"] = _adaptive(model, 2)
@@ -106,6 +102,37 @@ def block_table(model: ModelConfig) -> Table:
     if gain is not None:
         table["residual_gain"] = Weight((), (), "constant", value=gain)
     return table | {name: Weight((), (), "place") for name in block_facts(model, 0)}
+
+
+def _mlp(model: ModelConfig, hidden: int, std: float, residual_std: float) -> Table:
+    width, inner = (model.d_model, "D"), (hidden, "F")
+    table = {"up": _linear(model, width, inner, std), "down": _linear(model, inner, width, residual_std)}
+    return table | ({"gate": _linear(model, width, inner, std)} if model.is_gated else {})
+
+
+def _experts(model: ModelConfig, std: float, residual_std: float) -> Table:
+    """A router, the matrices of all experts in one array each, and shared experts as one feed-forward.
+
+    The router is kept as vectors are (`is_matrix`): float32 in trunks of 16 bits or fewer that keep vectors so, whole
+    on every device, and moved by AdamW without decay.
+    """
+    own, hidden = model.experts, typing.cast(int, model.experts.d_ff)
+
+    def of_all(name: str, kernel: Weight) -> Table:
+        shape, axes = (own.count, *kernel.shape), ("E", *kernel.axes)
+        return {name: {"kernel": dataclasses.replace(kernel, shape=shape, axes=axes)}}
+
+    one = _mlp(model, hidden, std, residual_std)
+    experts: Table = {}
+    for name, linear in one.items():
+        experts |= of_all(name, linear["kernel"])
+    table: Table = {"router": Weight((model.d_model, own.count), ("D", "E"), std=std), "experts": experts}
+    return table | ({"shared": _mlp(model, own.shared * hidden, std, residual_std)} if own.shared else {})
+
+
+def is_matrix(path: tuple[Any, ...], n_axes: int) -> bool:
+    """`Weight.is_matrix` of an array by its name and its number of axes, those before a weight's own left out."""
+    return n_axes >= 2 and jax.tree_util.keystr(path[-1:], simple=True) != "router"
 
 
 def _attention(model: ModelConfig, std: float, residual_std: float) -> Table:

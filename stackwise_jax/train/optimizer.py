@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from stackwise_jax.models.weights import is_matrix
 from stackwise_jax.schema import OptimizerConfig, RunConfig
 from stackwise_jax.train.optimizer_state import in_stream, kept, rounded_like, widened
 from stackwise_jax.train.spectral import cap_spectral_norm
@@ -64,8 +65,10 @@ def _as_stored(
 
 
 def _is_matrix(leading: int) -> Any:
-    """A mask for Optax: arrays with two axes besides the block axis. Norms and biases are not among them."""
-    return lambda params: jax.tree.map(lambda leaf: leaf.ndim - leading == 2, params)
+    """A mask for Optax: arrays of matrices. Norms, biases and routers are not among them."""
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: is_matrix(path, leaf.ndim - leading), params
+    )
 
 
 def _adamw(config: OptimizerConfig, learning_rate: float, leading: int) -> optax.GradientTransformation:
@@ -80,8 +83,8 @@ def _adamw(config: OptimizerConfig, learning_rate: float, leading: int) -> optax
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon for the matrices of a stack, each block's on its own; AdamW for the rest."""
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    """Muon for the matrices of a stack, each block's and each expert's on its own; AdamW for the rest."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     muon = optax.contrib.muon(
         config.muon_learning_rate,
         eps=config.epsilon,
@@ -90,7 +93,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     )
     return optax.partition(
         {"matrix": muon, "rest": _adamw(config, config.learning_rate, leading=1)},
-        lambda params: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 3 else "rest", params),
+        lambda params: jax.tree.map(lambda found: "matrix" if found else "rest", _is_matrix(leading=1)(params)),
     )
 
 
