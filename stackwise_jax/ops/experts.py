@@ -6,7 +6,6 @@ rows. No token is dropped whatever the experts' loads are (dropless; Gale et al.
 rows is by gathers, forward and backward, so that equal inputs give equal sums.
 """
 
-import dataclasses
 import typing
 
 import jax
@@ -79,9 +78,7 @@ def _mean(values: Float[Array, "rows n"], counted: Bool[Array, "rows"] | None) -
     return total / jnp.maximum(jnp.sum(counted), 1)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(typing.NamedTuple):
     """Rows by expert: every expert's begin at a new block, and zeros fill its last one up.
 
     Attributes:
