@@ -10,9 +10,7 @@ def settle_experts(model: ModelConfig) -> ModelConfig:
     """A model with the width of its experts, if any, filled in."""
     if not model.has_experts:
         return model
-    return dataclasses.replace(
-        model, experts=dataclasses.replace(model.experts, d_ff=model.experts.d_ff or model.d_ff)
-    )
+    return dataclasses.replace(model, experts=dataclasses.replace(model.experts, d_ff=model.experts.d_ff or model.d_ff))
 
 
 def check_experts(config: RunConfig) -> None:
@@ -23,8 +21,8 @@ def check_experts(config: RunConfig) -> None:
             value = getattr(own, field.name)
             require(
                 value == getattr(defaults, field.name),
-                f"model.experts.{field.name}={value!r} is of a mixture of experts; set model.experts.count, or leave it "
-                "out",
+                f"model.experts.{field.name}={value!r} is of a mixture of experts; set model.experts.count to their "
+                "number, or leave it out",
             )
         return
     require(own.count > 1, "model.experts.count=1 leaves a router no choice; set it to 0 (dense) or to 2 or more")
@@ -34,8 +32,8 @@ def check_experts(config: RunConfig) -> None:
     )
     require(
         own.active > 1 or not own.normalises,
-        "model.experts.normalises=True makes the weight of model.experts.active=1 expert 1 always, which teaches a router "
-        "nothing; set it to False",
+        "model.experts.normalises=True makes the weight of model.experts.active=1 expert always 1, which teaches a "
+        "router nothing; set it to False",
     )
     require(not model.use_bias, "model.use_bias=True is not for experts, whose maps have none; set it to False")
     for field, value in (

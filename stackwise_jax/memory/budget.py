@@ -31,9 +31,7 @@ def block_parameters(model: ModelConfig) -> int:
 def stored_block_bytes(config: RunConfig, fsdp: int = 1) -> int:
     """Bytes of one frozen block in trunk precision: of its share on one of `fsdp` devices that divide the matrices."""
     leaves = jax.tree.leaves(weights.block_table(config.model), is_leaf=weights.is_weight)
-    return sum(
-        weight_bytes(weight, config.precision.trunk) // (fsdp if weight.is_matrix else 1) for weight in leaves
-    )
+    return sum(weight_bytes(weight, config.precision.trunk) // (fsdp if weight.is_matrix else 1) for weight in leaves)
 
 
 def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None = None) -> float:

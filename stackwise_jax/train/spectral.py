@@ -26,9 +26,10 @@ class SpectralState(NamedTuple):
 def cap_spectral_norm(limit: float) -> optax.GradientTransformation:
     """An Optax transformation that changes updates so that no matrix ends with a singular value far above `limit`.
 
-    To be the last of a chain, on stacked matrices [L, D, F], or of experts [L, E, D, F], only. An update makes one power iteration from the vector
-    that the last one left, so the estimate follows the weights and costs two products with a vector; it approaches the
-    largest singular value from below. The first vectors are fixed numbers, so equal runs are equal.
+    To be the last of a chain, on stacked matrices [L, D, F] only, or [L, E, D, F] of experts. An update makes one power
+    iteration from the vector that the last one left, so the estimate follows the weights and costs two products with a
+    vector; it approaches the largest singular value from below. The first vectors are fixed numbers, so equal runs are
+    equal.
 
     With a learning rate of a fraction f of its peak the matrix goes that share of its way: the norm is convex, so what
     was within the limit stays there.

@@ -142,9 +142,7 @@ def test_a_routers_penalty_is_in_no_loss(tiny: Any, monkeypatch: pytest.MonkeyPa
     The twin of equal gradients: a chain that leaves it out.
     """
     program, signature, live, frozen, batch, x = setting(tiny, "experts, tail")
-    total, weight, penalty = jax.jit(path_loss, static_argnums=(0, 1))(
-        program, signature, live, frozen, batch, x, None
-    )
+    total, weight, penalty = jax.jit(path_loss, static_argnums=(0, 1))(program, signature, live, frozen, batch, x, None)
     measured = make_evaluation(program, signature)(live, frozen, batch, x)
     assert 0.9 * 2 * 0.5 < float(penalty / weight) < 1.2 * 2 * 0.5  # of two live blocks, none of the frozen one
     chain = ChainedGradients(ChainPrograms(program), signature)

@@ -114,7 +114,9 @@ def test_quantised_experts_multiply_as_their_decoded_matrices(kind: str):
     def loss(x: jax.Array, weights: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(mixed(x, weights, chosen)))
 
-    for found, wanted in zip(*(jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(X, w)) for w in (stored, plain)), strict=True):
+    for found, wanted in zip(
+        *(jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(X, w)) for w in (stored, plain)), strict=True
+    ):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
