@@ -18,8 +18,15 @@ from stackwise_jax.memory.precision import as_master, to_storage
 from stackwise_jax.models import weights
 from stackwise_jax.models.adapters import adapter_table
 from stackwise_jax.models.experts import ExpertFeedForward
-from stackwise_jax.models.rack import count_parameters, decode_rack, init_key_values, init_rack, rack_logits
-from stackwise_jax.models.rack import reading_context, row_context
+from stackwise_jax.models.rack import (
+    count_parameters,
+    decode_rack,
+    init_key_values,
+    init_rack,
+    rack_logits,
+    reading_context,
+    row_context,
+)
 from stackwise_jax.models.stack import apply_penalised_stack, apply_stack, init_stack
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.train.optimizer import init_part, make_transforms, update_part
