@@ -88,6 +88,7 @@ class ModelConfig:
     norm_bias: bool = True  # every LayerNorm adds a vector
     first_attention_norm: bool = True  # False: the first block reads the embedding as it is (pre-norm; ModernBERT)
     ffn: str = "swiglu"  # swiglu | geglu | gelu (GELU by tanh) | geglu_erf | gelu_erf (GELU as defined)
+    fixed_maps: str = "none"  # none | up | up_and_gate: of feed-forwards: they stay the random numbers they begin as
     positions: str = "rotary"  # rotary | learned | none
     rope_theta: float = 10000.0  # longest wavelength of rotary positions, over 2 pi
     rope_theta_local: float | None = None  # of blocks with a window, beside some without; None: rope_theta

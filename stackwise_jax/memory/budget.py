@@ -48,6 +48,19 @@ def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None 
     return (2.0 if kind == "block_diffusion" else 1.0) * (2.0 * matrices + mixing)
 
 
+def fixed_parameters(model: ModelConfig, fsdp: int = 1) -> int:
+    """Parameters of a block, or a device's share of them, that stay as they were drawn and have no moments."""
+    leaves = jax.tree.leaves(weights.block_table(model), is_leaf=weights.is_weight)
+    return sum(weight.size // fsdp for weight in leaves if weight.is_fixed)
+
+
+def _fixed_flops(model: ModelConfig) -> float:
+    """FLOPs of one block a token that its backward pass is spared: of gradients of fixed matrices."""
+    idle = 1.0 - model.experts.active / model.experts.count if model.has_experts else 0.0
+    leaves = jax.tree.leaves(weights.block_table(model), is_leaf=weights.is_weight)
+    return sum((2.0 * w.size * (1.0 - idle if w.axes[0] == "E" else 1.0) for w in leaves if w.is_fixed), 0.0)
+
+
 def idle_parameters(model: ModelConfig) -> int:
     """Parameters of a block that a token does not meet: those of the experts that it is not sent to."""
     if not model.has_experts:
@@ -104,7 +117,7 @@ def step_flops_per_token(
     """FLOPs a token of one update.
 
     Args:
-      live_blocks: trained (3 forward costs).
+      live_blocks: trained (3 forward costs; 2 of matrices that are fixed).
       passed_blocks: frozen, with gradient through them (2 forward costs).
       trunk_blocks: frozen and recomputed (1 forward cost); 0 when cached.
       table_is_live: the output table takes a gradient.
@@ -113,6 +126,7 @@ def step_flops_per_token(
     """
     block = block_forward_flops(model, seq_len, attention)
     blocks = (3 * live_blocks + 2 * passed_blocks + trunk_blocks) * block + 6.0 * adapter_parameters
+    blocks -= live_blocks * _fixed_flops(model) * (2 if attention == "block_diffusion" else 1)
     head = head_forward_flops(model) * (2 if attention == "block_diffusion" else 1)
     return blocks + (3 if table_is_live else 2) * head
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32
 
-from stackwise_jax.models.layers import FeedForward
+from stackwise_jax.models.layers import FeedForward, as_fixed
+from stackwise_jax.models.weights import fixed_maps
 from stackwise_jax.ops.activation import activate
 from stackwise_jax.ops.experts import (
     balance_loss,
@@ -60,4 +61,5 @@ class ExpertFeedForward(nn.Module):
         self, rows: Float[Array, "blocks block D"], name: str, expert_of: Array
     ) -> Float[Array, "blocks block F"]:
         kernel = self.get_variable("params", "experts")[name]["kernel"]
+        kernel = as_fixed(kernel) if name in fixed_maps(self.model) else kernel
         return expert_matmul(rows, kernel, expert_of, dtype=self.dtype)

@@ -29,6 +29,7 @@ class Weight:
         told by its place in the rack (`block_facts`), that is kept with its weights and no gradient changes.
       std: standard deviation of a normal initialiser.
       value: of a constant initialiser.
+      is_fixed: it is no variable: it stays as it was drawn.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +37,7 @@ class Weight:
     init: str = "normal"
     std: float = 0.0
     value: float = 0.0
+    is_fixed: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -105,9 +107,25 @@ def block_table(model: ModelConfig) -> Table:
 
 
 def _mlp(model: ModelConfig, hidden: int, std: float, residual_std: float) -> Table:
+    """Fixed maps start at the scale of random features, unit variance for inputs of unit variance: none can grow."""
     width, inner = (model.d_model, "D"), (hidden, "F")
     table = {"up": _linear(model, width, inner, std), "down": _linear(model, inner, width, residual_std)}
-    return table | ({"gate": _linear(model, width, inner, std)} if model.is_gated else {})
+    table |= {"gate": _linear(model, width, inner, std)} if model.is_gated else {}
+    for name in fixed_maps(model):
+        drawn = dataclasses.replace(table[name]["kernel"], std=1.0 / math.sqrt(model.d_model), is_fixed=True)
+        table[name] = table[name] | {"kernel": drawn}
+    return table
+
+
+def fixed_maps(model: ModelConfig) -> tuple[str, ...]:
+    """Maps of feed-forwards, experts' too, whose kernels are random numbers that no update changes."""
+    return {"none": (), "up": ("up",), "up_and_gate": ("up", "gate")}[model.fixed_maps]
+
+
+def is_fixed(path: tuple[Any, ...], model: ModelConfig) -> bool:
+    """`Weight.is_fixed` of an array of a block by its name."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return names[-1] == "kernel" and names[-2] in fixed_maps(model)
 
 
 def _experts(model: ModelConfig, std: float, residual_std: float) -> Table:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from stackwise_jax.models.weights import is_matrix
-from stackwise_jax.schema import OptimizerConfig, RunConfig
+from stackwise_jax.models.weights import fixed_maps, is_fixed, is_matrix
+from stackwise_jax.schema import ModelConfig, OptimizerConfig, RunConfig
 from stackwise_jax.train.optimizer_state import in_stream, kept, rounded_like, widened
 from stackwise_jax.train.spectral import cap_spectral_norm
 from stackwise_jax.types import AnyArray, Params
@@ -43,6 +43,8 @@ def make_transforms(config: RunConfig, *, scales_head: bool) -> Transforms:
     stacks = _muon(own) if own.name == "muon" else _adamw(own, own.learning_rate, leading=1)
     if stability.spectral_norm is not None:
         stacks = optax.chain(stacks, optax.masked(cap_spectral_norm(stability.spectral_norm), _is_matrix(leading=1)))
+    if fixed_maps(config.model):
+        stacks = _without_fixed(stacks, config.model)
     transforms = {
         "embedding": (_adamw(own, own.learning_rate, leading=0), 0),
         "stacks": (stacks, 1),
@@ -50,6 +52,16 @@ def make_transforms(config: RunConfig, *, scales_head: bool) -> Transforms:
         "head": (_adamw(own, head_rate, leading=0), 0),
     }
     return {name: _as_stored(config, name, *transform) for name, transform in transforms.items()}
+
+
+def _without_fixed(transform: optax.GradientTransformation, model: ModelConfig) -> optax.GradientTransformation:
+    """Of a stack, with neither state nor update for the maps that stay as they were drawn."""
+    return optax.partition(
+        {"fixed": optax.set_to_zero(), "moved": transform},
+        lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: "fixed" if is_fixed(path, model) else "moved", params
+        ),
+    )
 
 
 def _as_stored(
