@@ -102,6 +102,7 @@ class ModelConfig:
     logit_bias: bool = False  # the head adds a number to every logit
     dropout: float = 0.0  # of live stacks and a live embedding; a frozen trunk has none
     attention: str = "causal"  # causal | bidirectional
+    causal_from: int | None = None  # blocks from this number on look back alone, in a bidirectional rack; None: none do
     attention_kind: str = "mha"  # mha (grouped queries too) | mla (latents) | kernel | mlgka (latents and a kernel)
     latent: LatentConfig = LatentConfig()
     kernel: KernelConfig = KernelConfig()

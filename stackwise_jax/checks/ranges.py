@@ -10,7 +10,7 @@ _AT_LEAST: dict[str, float] = {
     "model.vocab_size": 16, "model.d_model": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_head": 1,
     "model.d_ff": 1, "model.max_positions": 1, "model.norm_epsilon": 0, "model.rope_theta": 1, "model.init_std": 0,
     "model.window": 1, "model.global_every": 1, "model.rope_theta_local": 1, "model.token_types": 0,
-    "model.rope_scaling.factor": 1, "model.rope_scaling.original_positions": 1,
+    "model.causal_from": 1, "model.rope_scaling.factor": 1, "model.rope_scaling.original_positions": 1,
     "model.latent.kv_rank": 1, "model.latent.query_rank": 1, "model.latent.d_rope": 2, "model.latent.d_value": 1,
     "model.kernel.n_features": 2, "model.kernel.positive_features": 1, "model.kernel.seed": 0,
     "model.experts.count": 0, "model.experts.active": 1, "model.experts.shared": 0, "model.experts.d_ff": 1,

@@ -24,6 +24,7 @@ _PLAIN: dict[str, Any] = {
     "global_every": None,
     "rope_theta_local": None,
     "time_input": False,
+    "causal_from": None,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": _PLAIN

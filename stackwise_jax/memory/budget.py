@@ -87,6 +87,10 @@ def _mixing_flops(model: ModelConfig, seen: float) -> float:
 
 def _places_seen(model: ModelConfig, seq_len: int, kind: str) -> float:
     """Places that a place attends to, in the mean over places and blocks, whatever is masked away besides."""
+    if model.causal_from is not None and kind != "causal":
+        both = dataclasses.replace(model, causal_from=None)
+        share = model.causal_from / model.n_blocks
+        return share * _places_seen(both, seq_len, kind) + (1.0 - share) * _places_seen(both, seq_len, "causal")
     sides = 1 if kind == "causal" else 2
     whole = sides * seq_len / 2
     if model.window is None:

@@ -1,5 +1,7 @@
 """One Transformer block."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -83,6 +85,7 @@ class Block(nn.Module):
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         is_local = self._fact("is_local")
         attention_change, mlp_change = self._modulations(context)
+        context = self._directed(context)
         if self.model.norm_position == "pre":
             mixed, stored = self.attention(self._read(x, attention_change), context, stored, is_local)
             x = x + self._branch(mixed, attention_key)
@@ -103,6 +106,20 @@ class Block(nn.Module):
         if isinstance(context.mask, Mask) and context.mask.segments is not None:
             counted = context.mask.segments > 0
         return self.mlp(x, counted)
+
+    def _directed(self, context: Context) -> Context:
+        """The context of a block that may be one of those that look back alone.
+
+        Raises:
+          ValueError: earlier places are stored, of which blocks that look ahead have none that would stay as they are.
+        """
+        is_causal = self._fact("is_causal")
+        if is_causal is None:
+            return context
+        if not isinstance(context.mask, Mask):
+            raise ValueError("a rack with model.causal_from is read whole: its first blocks see places to come")
+        ahead = jnp.where(is_causal > 0, 0, context.positions.shape[1])
+        return dataclasses.replace(context, mask=dataclasses.replace(context.mask, ahead=ahead))
 
     def _modulations(self, context: Context) -> tuple[Modulation | None, Modulation | None]:
         """Of the two norms."""

@@ -216,13 +216,16 @@ def stores_latents(model: ModelConfig) -> bool:
 def block_facts(model: ModelConfig, block: int | Array) -> dict[str, Array]:
     """What sets block number `block` of a rack apart from others, where blocks differ: 1.0 for yes, 0.0 for no.
 
-    `is_local`: its attention is limited to `model.window`. `is_first`: it has no use for its attention norm. They lie
-    among its weights, so that unlike blocks are scanned alike, however stacks are cut (`models.stack.placed` says them
-    anew where a stack comes to another place).
+    `is_local`: its attention is limited to `model.window`. `is_first`: it has no use for its attention norm.
+    `is_causal`: it sees no place after its own, in a rack whose first blocks do (`model.causal_from`). They lie among
+    its weights, so that unlike blocks are scanned alike, however stacks are cut (`models.stack.placed` says them anew
+    where a stack comes to another place).
     """
     facts = {}
     if model.window is not None and model.global_every is not None:
         facts["is_local"] = jnp.float32(jnp.asarray(block) % model.global_every != 0)
+    if model.causal_from is not None:
+        facts["is_causal"] = jnp.float32(jnp.asarray(block) >= model.causal_from)
     if not model.first_attention_norm:
         facts["is_first"] = jnp.float32(jnp.asarray(block) == 0)
     return facts
