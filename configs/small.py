@@ -97,6 +97,12 @@ MODES: dict[str, dict[str, Any]] = {
         "training.mode": "end_to_end",
         "training.phase_budget": "300 steps",
     },
+    "experts": {
+        "model.experts.count": 8,
+        "model.experts.shared": 1,
+        "model.experts.d_ff": 64,
+        "precision.trunk": "nf4",
+    },
     "prefix": {"objective.name": "prefix", "training.mode": "end_to_end", "training.phase_budget": "300 steps"},
     "block_diffusion": {
         "objective.name": "block_diffusion",

@@ -60,6 +60,19 @@ class KernelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """The feed-forward as a mixture of experts, none of which ever refuses a token."""
+
+    count: int = 0  # experts of a block that a router chooses from; 0: a dense feed-forward of width model.d_ff
+    active: int = 2  # of them for each token
+    shared: int = 0  # experts beside these, which every token goes through
+    d_ff: int | None = None  # hidden width of an expert; None: model.d_ff
+    normalises: bool = True  # weights of the active ones add up to 1 (Mixtral) | False: shares of all (Switch)
+    balance: float = 0.01  # weight of the load-balance loss in training: 1 for even loads; never in evaluations
+    z_loss: float = 0.0  # weight of the router's log(sum(exp(logits)))**2 in training (ST-MoE: 1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The Transformer, assembled from choices (`models/families.py` lists the public families)."""
 
@@ -75,6 +88,7 @@ class ModelConfig:
     norm_bias: bool = True  # every LayerNorm adds a vector
     first_attention_norm: bool = True  # False: the first block reads the embedding as it is (pre-norm; ModernBERT)
     ffn: str = "swiglu"  # swiglu | geglu | gelu (GELU by tanh) | geglu_erf | gelu_erf (GELU as defined)
+    fixed_maps: str = "none"  # none | up | up_and_gate: of feed-forwards: they stay the random numbers they begin as
     positions: str = "rotary"  # rotary | learned | none
     rope_theta: float = 10000.0  # longest wavelength of rotary positions, over 2 pi
     rope_theta_local: float | None = None  # of blocks with a window, beside some without; None: rope_theta
@@ -88,9 +102,11 @@ class ModelConfig:
     logit_bias: bool = False  # the head adds a number to every logit
     dropout: float = 0.0  # of live stacks and a live embedding; a frozen trunk has none
     attention: str = "causal"  # causal | bidirectional
+    causal_from: int | None = None  # blocks from this number on look back alone, in a bidirectional rack; None: none do
     attention_kind: str = "mha"  # mha (grouped queries too) | mla (latents) | kernel | mlgka (latents and a kernel)
     latent: LatentConfig = LatentConfig()
     kernel: KernelConfig = KernelConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     window: int | None = None  # attention reaches so many places to either side; None: all
     global_every: int | None = None  # with a window: blocks 0, n, 2 n .. have none; None: every block has it
     time_input: bool = False  # blocks are told the masked fraction (adaptive norms); follows objective.time
@@ -107,6 +123,10 @@ class ModelConfig:
     def is_gated(self) -> bool:
         """The feed-forward multiplies its activation by a second linear map."""
         return self.ffn in ("swiglu", "geglu", "geglu_erf")
+
+    @property
+    def has_experts(self) -> bool:
+        return self.experts.count > 0
 
     @property
     def has_latents(self) -> bool:

@@ -5,6 +5,7 @@ One alphabet, in annotations and einsums alike:
     B batch     T query position   S key position   D width      N query heads   K key-value heads
     G = N / K   H head dimension   F hidden width   V vocabulary L blocks in a stack   C rows in a chunk, or the width
     of the vector that tells the time               R low rank   P rotary key      M random features of a head
+    E experts
 
 A row is one packed sequence of the corpus; its number is fixed when the corpus is prepared, and every random choice
 that must not depend on order (masks, rates) is a function of it.

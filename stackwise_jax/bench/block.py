@@ -168,7 +168,7 @@ def make_block_gradients(program: Any, signature: Any) -> Any:
     def loss(live: Any, frozen: Any, batch: Any, activations: Any) -> Any:
         example = program.corrupt(signature.task, batch)
         context = program.context(signature.task, example, {})
-        x = program.apply_stack(Role.LIVE, live["stacks"][0], {}, activations, context, None)
+        x, _ = program.apply_stack(Role.LIVE, live["stacks"][0], {}, activations, context, None)
         return 0.5 * jnp.sum(jnp.square(x.astype(jnp.float32)))
 
     def gradients(live: Any, frozen: Any, batch: Any, activations: Any, *_: Any) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 from stackwise_jax.checks.attention import settle_attention
 from stackwise_jax.checks.choices import check_choices, require
 from stackwise_jax.checks.data import check_data, check_mesh
+from stackwise_jax.checks.experts import check_experts, settle_experts
 from stackwise_jax.checks.generation import check_generation
 from stackwise_jax.checks.model import check_model, check_objective
 from stackwise_jax.checks.ranges import check_ranges
@@ -43,7 +44,7 @@ def settle(config: RunConfig) -> RunConfig:
     )
     config = dataclasses.replace(
         config,
-        model=settle_attention(model),
+        model=settle_experts(settle_attention(model)),
         objective=dataclasses.replace(config.objective, rate_min=low, rate_max=high),
         training=dataclasses.replace(
             training,
@@ -56,6 +57,7 @@ def settle(config: RunConfig) -> RunConfig:
         ),
     )
     check_model(config)
+    check_experts(config)
     check_objective(config)
     check_training(config)
     check_embedding(config)

@@ -21,8 +21,13 @@ def settle_attention(model: ModelConfig) -> ModelConfig:
 
 
 def linear_maps(model: ModelConfig) -> tuple[str, ...]:
-    """The linear maps of a block by name, as adapters and `models.weights.block_table` call them."""
-    names = ["query", "key", "value", "output", "up", "down"] + (["gate"] if model.is_gated else [])
+    """The linear maps of a block by name, as adapters and `models.weights.block_table` call them.
+
+    Experts and their router are none; shared experts are the maps of a feed-forward.
+    """
+    names = ["query", "key", "value", "output"]
+    if not model.has_experts or model.experts.shared:
+        names += ["up", "down"] + (["gate"] if model.is_gated else [])
     if not model.has_latents:
         return tuple(names)
     names += ["query_latent"] if model.latent.query_rank is not None else []

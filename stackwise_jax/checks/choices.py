@@ -44,6 +44,7 @@ def check_choices(config: RunConfig) -> None:
         "model.norm": (model.norm, ("rmsnorm", "layernorm")),
         "model.norm_position": (model.norm_position, ("pre", "post")),
         "model.ffn": (model.ffn, ("swiglu", "geglu", "gelu", "geglu_erf", "gelu_erf")),
+        "model.fixed_maps": (model.fixed_maps, ("none", "up", "up_and_gate")),
         "model.positions": (model.positions, ("rotary", "learned", "none")),
         "model.attention": (model.attention, ("causal", "bidirectional")),
         "model.attention_kind": (model.attention_kind, ATTENTION_KINDS),

@@ -16,6 +16,10 @@ def check_family(model: ModelConfig) -> None:
         model.positions != "rotary" or d_head % 2 == 0 or (model.has_latents and model.latent.form == "shared"),
         f"model.d_head={d_head} must be even for rotary positions; set model.d_head or model.positions",
     )
+    require(
+        model.is_gated or model.fixed_maps != "up_and_gate",
+        f"model.fixed_maps='up_and_gate': model.ffn={model.ffn!r} has no gate; set it to 'up'",
+    )
     _check_windows(model)
     check_attention(model)
     _check_scaling(model.rope_scaling)

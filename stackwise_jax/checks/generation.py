@@ -10,8 +10,10 @@ def samplers(config: RunConfig) -> tuple[str, ...]:
     names = sorted(objective_names(config), key=lambda name: name != "clm")
     unmasking = ("denoise", "blocks")
     by_depth = config.objective.time in ("depth", "depth_input")
-    # Blocks are read from stored places, of which attention in linear time keeps none.
-    if by_depth or reading_attention(config, "denoise") == "causal" or config.model.is_linear_time:
+    # Blocks are read from stored places: attention in linear time keeps none, and what blocks that look both ways make
+    # of them, for others that look back, changes with every place to come.
+    stores = not config.model.is_linear_time and config.model.causal_from is None
+    if by_depth or reading_attention(config, "denoise") == "causal" or not stores:
         unmasking = ("denoise",)
     ways = {"clm": ("autoregressive",), "prefix": ("autoregressive",), "block_diffusion": ("blocks", "denoise")}
     return tuple(dict.fromkeys(way for name in names for way in ways.get(name, unmasking)))

@@ -16,9 +16,31 @@ def check_model(config: RunConfig) -> None:
         model.positions != "learned" or max_positions >= config.data.seq_len,
         f"model.max_positions={max_positions} must be at least data.seq_len={config.data.seq_len}",
     )
+    _check_directions(config)
     require(
         (objective.name == "clm") <= (model.attention == "causal"),
         f"objective.name='clm' needs model.attention='causal', not {model.attention!r}: the answer would be visible",
+    )
+
+
+def _check_directions(config: RunConfig) -> None:
+    """Blocks that look back alone after blocks that look both ways."""
+    model, first = config.model, config.model.causal_from
+    if first is None:
+        return
+    require(
+        first < model.n_blocks,
+        f"model.causal_from={first} must be below the {model.n_blocks} blocks of the rack; for none leave it out",
+    )
+    require(
+        model.attention == "bidirectional" and set(objective_names(config)) <= {"mlm", "diffusion"},
+        f"model.causal_from={first} is of racks with model.attention='bidirectional' and objectives mlm or diffusion: "
+        f"with {model.attention!r} and {config.objective.name!r} the objective alone says who sees whom",
+    )
+    require(
+        not model.is_linear_time,
+        f"model.causal_from={first} cannot go with model.kernel.form='linear', which runs every block one way; set "
+        "model.kernel.form='softmax'",
     )
 
 

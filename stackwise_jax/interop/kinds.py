@@ -24,6 +24,7 @@ _PLAIN: dict[str, Any] = {
     "global_every": None,
     "rope_theta_local": None,
     "time_input": False,
+    "causal_from": None,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": _PLAIN
@@ -105,6 +106,8 @@ def _complaints(family: str, model: ModelConfig) -> list[str]:
         value = getattr(model, field)
         if field not in _FREE[family] and value not in allowed:
             found.append(f"model.{field}={' or '.join(map(repr, allowed))}, not {value!r}")
+    if model.has_experts:
+        found.append("model.experts.count=0")
     if model.stability.residual_gain is not None:
         found.append("model.stability.residual_gain=None")
     if family != "llama" and (model.n_kv_heads or model.n_heads) != model.n_heads:

@@ -33,9 +33,7 @@ def block_parameters(model: ModelConfig) -> int:
 def stored_block_bytes(config: RunConfig, fsdp: int = 1) -> int:
     """Bytes of one frozen block in trunk precision: of its share on one of `fsdp` devices that divide the matrices."""
     leaves = jax.tree.leaves(weights.block_table(config.model), is_leaf=weights.is_weight)
-    return sum(
-        weight_bytes(weight.shape, config.precision.trunk) // (fsdp if weight.is_matrix else 1) for weight in leaves
-    )
+    return sum(weight_bytes(weight, config.precision.trunk) // (fsdp if weight.is_matrix else 1) for weight in leaves)
 
 
 def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None = None) -> float:
@@ -45,11 +43,32 @@ def block_forward_flops(model: ModelConfig, seq_len: int, attention: str | None 
       attention: kind of mask, where it is not the model's; block diffusion runs every row twice, side by side.
     """
     table = weights.block_table(model)
-    kernels = [table["mlp"], table["attention"]]
-    matrices = sum(w.size for part in kernels for linear in part.values() for w in linear.values() if w.is_matrix)
+    leaves = jax.tree.leaves([table["mlp"], table["attention"]], is_leaf=weights.is_weight)
+    matrices = sum(weight.size for weight in leaves if len(weight.shape) > 1) - idle_parameters(model)
     kind = attention or model.attention
     mixing = _mixing_flops(model, _places_seen(model, seq_len, kind))
     return (2.0 if kind == "block_diffusion" else 1.0) * (2.0 * matrices + mixing)
+
+
+def fixed_parameters(model: ModelConfig, fsdp: int = 1) -> int:
+    """Parameters of a block, or a device's share of them, that stay as they were drawn and have no moments."""
+    leaves = jax.tree.leaves(weights.block_table(model), is_leaf=weights.is_weight)
+    return sum(weight.size // fsdp for weight in leaves if weight.is_fixed)
+
+
+def _fixed_flops(model: ModelConfig) -> float:
+    """FLOPs of one block a token that its backward pass is spared: of gradients of fixed matrices."""
+    idle = 1.0 - model.experts.active / model.experts.count if model.has_experts else 0.0
+    leaves = jax.tree.leaves(weights.block_table(model), is_leaf=weights.is_weight)
+    return sum((2.0 * w.size * (1.0 - idle if w.axes[0] == "E" else 1.0) for w in leaves if w.is_fixed), 0.0)
+
+
+def idle_parameters(model: ModelConfig) -> int:
+    """Parameters of a block that a token does not meet: those of the experts that it is not sent to."""
+    if not model.has_experts:
+        return 0
+    of_experts = weights.count(weights.block_table(model)["mlp"]["experts"])
+    return of_experts * (model.experts.count - model.experts.active) // model.experts.count
 
 
 def _mixing_flops(model: ModelConfig, seen: float) -> float:
@@ -70,6 +89,10 @@ def _mixing_flops(model: ModelConfig, seen: float) -> float:
 
 def _places_seen(model: ModelConfig, seq_len: int, kind: str) -> float:
     """Places that a place attends to, in the mean over places and blocks, whatever is masked away besides."""
+    if model.causal_from is not None and kind != "causal":
+        both = dataclasses.replace(model, causal_from=None)
+        share = model.causal_from / model.n_blocks
+        return share * _places_seen(both, seq_len, kind) + (1.0 - share) * _places_seen(both, seq_len, "causal")
     sides = 1 if kind == "causal" else 2
     whole = sides * seq_len / 2
     if model.window is None:
@@ -106,7 +129,7 @@ def step_flops_per_token(
     """FLOPs a token of one update.
 
     Args:
-      live_blocks: trained (3 forward costs).
+      live_blocks: trained (3 forward costs; 2 of matrices that are fixed).
       passed_blocks: frozen, with gradient through them (2 forward costs).
       trunk_blocks: frozen and recomputed (1 forward cost); 0 when cached.
       table_is_live: the output table takes a gradient.
@@ -115,6 +138,7 @@ def step_flops_per_token(
     """
     block = block_forward_flops(model, seq_len, attention)
     blocks = (3 * live_blocks + 2 * passed_blocks + trunk_blocks) * block + 6.0 * adapter_parameters
+    blocks -= live_blocks * _fixed_flops(model) * (2 if attention == "block_diffusion" else 1)
     head = head_forward_flops(model) * (2 if attention == "block_diffusion" else 1)
     return blocks + (3 if table_is_live else 2) * head
 
@@ -170,10 +194,14 @@ def activation_bytes(config: RunConfig, live_blocks: int) -> int:
     tokens = rows * config.data.seq_len
     item = item_bytes(config.precision.compute)
     heads = _kept_by_attention(model)
-    ffn = 4 if model.is_gated else 2
+    ffn, dots = (4, 3) if model.is_gated else (2, 1)
+    own, hidden, routed = model.experts, model.d_ff, 0
+    if model.has_experts:  # rows by expert and what comes of them; nothing of it is a plain matmul that "dots" keeps
+        width = own.d_ff or model.d_ff
+        hidden, routed = own.shared * width, own.active * (2 * model.d_model + ffn * width)
     inside = {
-        "none": 6 * model.d_model + heads + ffn * model.d_ff,
-        "dots": 3 * model.d_model + heads + (ffn - 1) * model.d_ff,
+        "none": 6 * model.d_model + heads + ffn * hidden + routed,
+        "dots": 3 * model.d_model + heads + dots * hidden,
         "full": model.d_model,
     }[config.training.remat]
     logits = 8 * min(tokens, config.training.loss_chunk_tokens) * model.vocab_size

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from stackwise_jax.models.weights import Weight, is_matrix
 from stackwise_jax.ops import quant
 from stackwise_jax.ops.fp8 import coded
 from stackwise_jax.types import Params, Quantised
@@ -31,14 +32,16 @@ _encode = jax.jit(quant.encode, static_argnames="kind")
 def to_storage(params: Params, precision: str) -> Params:
     """Converts a stack, with its leading block axis, to its storage precision: fp32, bf16, fp16 or a quantised format.
 
-    bf16 is of every array. The others are of matrices, and norms and biases stay as they are, in float32.
+    bf16 is of every array. The others are of matrices; norms, biases and routers stay as they are, in float32.
     """
     if precision in ("fp32", "bf16"):
         return jax.tree.map(lambda leaf: leaf.astype(DTYPES[precision]), params)
-    return jax.tree.map(lambda leaf: _matrices_to_storage(leaf, precision) if leaf.ndim == 3 else leaf, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _matrices_to_storage(leaf, precision) if is_matrix(path, leaf.ndim - 1) else leaf, params
+    )
 
 
-def _matrices_to_storage(leaf: Float[Array, "L D F"], precision: str) -> Array | Quantised:
+def _matrices_to_storage(leaf: Float[Array, "L *E D F"], precision: str) -> Array | Quantised:
     if precision in quant.FORMATS:
         return _encode(leaf, kind=precision)
     return leaf.astype(DTYPES[precision])
@@ -75,17 +78,20 @@ _coded = jax.jit(coded)
 _decode = jax.jit(quant.decode, static_argnames="dtype")
 
 
-def weight_bytes(shape: tuple[int, ...], precision: str) -> int:
-    """Bytes of a weight of one block, a matrix or a vector, as `to_storage` stores it."""
-    if precision in quant.FORMATS and len(shape) == 2:
-        return quant.stored_bytes((shape[0], shape[1]), precision)
-    is_cast = precision == "bf16" or len(shape) == 2
-    return math.prod(shape) * (item_bytes(precision) if is_cast else 4)
+def weight_bytes(weight: Weight, precision: str) -> int:
+    """Bytes of a weight of one block, of matrices or a vector, as `to_storage` stores it."""
+    if precision in quant.FORMATS and weight.is_matrix:
+        *experts, inputs, outputs = weight.shape
+        return math.prod(experts) * quant.stored_bytes((inputs, outputs), precision)
+    is_cast = precision == "bf16" or weight.is_matrix
+    return weight.size * (item_bytes(precision) if is_cast else 4)
 
 
 def as_master(stack: Params, precision: str) -> Params:
     """The weights of a live stack as they are trained: its matrices in `precision`, its vectors in float32."""
-    return jax.tree.map(lambda leaf: leaf.astype(DTYPES[precision]) if leaf.ndim == 3 else leaf, stack)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(DTYPES[precision]) if is_matrix(path, leaf.ndim - 1) else leaf, stack
+    )
 
 
 def item_bytes(precision: str) -> int:

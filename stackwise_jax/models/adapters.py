@@ -30,7 +30,9 @@ def adapter_table(model: ModelConfig, rank: int, targets: str) -> weights.Table:
     names = {name.strip() for name in targets.split(",")}
     found, block = {"all"}, weights.block_table(model)
     # The rest of a block are norms, vectors, and the adaptive norms' map, which reads a row's time and no activations.
+    # Experts have none: a map of theirs is many matrices.
     maps = {part: block[part] for part in ("attention", "mlp")}
+    maps["mlp"] = {name: node for name, node in maps["mlp"].items() if name not in ("router", "experts")}
     table = _of_targets(maps, "", names, rank, found)
     if not names <= found:
         raise ValueError(f"targets={targets!r}: no linear map of the block is called {sorted(names - found)}")

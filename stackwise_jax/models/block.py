@@ -1,15 +1,19 @@
 """One Transformer block."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Float32
 
+from stackwise_jax.models.experts import ExpertFeedForward
 from stackwise_jax.models.latent_attention import LatentAttention, LowRankAttention
 from stackwise_jax.models.layers import FeedForward, Linear, Modulation, Norm, dropout, modulations
 from stackwise_jax.models.mixing import Context, mix, rotated
 from stackwise_jax.models.stores import Store
+from stackwise_jax.ops.mask import Mask
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key
 
@@ -54,6 +58,9 @@ class Block(nn.Module):
     With `model.stability.residual_gain` what both add is multiplied by one learned number of the block (ReZero;
     Bachlechner et al., 2021). With `model.time_input` both norms, in either position, are scaled and shifted by what
     the time vector maps to (adaptive norms; Peebles and Xie, 2023, without their gates).
+
+    Beside the activations and what is stored it returns what a router adds to the training loss, a token; without
+    experts, nothing.
     """
 
     model: ModelConfig
@@ -63,7 +70,10 @@ class Block(nn.Module):
     def setup(self) -> None:
         self.attention_norm, self.mlp_norm = Norm(self.model), Norm(self.model)
         self.attention = _attention_of(self.model)(self.model, self.dtype, self.in_fp8)
-        self.mlp = FeedForward(self.model, self.dtype, self.in_fp8)
+        if self.model.has_experts:
+            self.mlp = ExpertFeedForward(self.model, self.dtype)
+        else:
+            self.mlp = FeedForward(self.model, self.dtype, self.in_fp8)
 
     def __call__(
         self,
@@ -71,17 +81,45 @@ class Block(nn.Module):
         context: Context,
         key: Key | None = None,
         stored: Store | None = None,
-    ) -> tuple[Float[Array, "B T D"], Store | None]:
+    ) -> tuple[Float[Array, "B T D"], Store | None, Float32[Array, ""] | None]:
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         is_local = self._fact("is_local")
         attention_change, mlp_change = self._modulations(context)
+        context = self._directed(context)
         if self.model.norm_position == "pre":
             mixed, stored = self.attention(self._read(x, attention_change), context, stored, is_local)
             x = x + self._branch(mixed, attention_key)
-            return x + self._branch(self.mlp(self.mlp_norm(x, mlp_change)), mlp_key), stored
+            added, penalty = self._feed_forward(self.mlp_norm(x, mlp_change), context)
+            return x + self._branch(added, mlp_key), stored, penalty
         mixed, stored = self.attention(x, context, stored, is_local)
         x = self.attention_norm(x + self._branch(mixed, attention_key), attention_change)
-        return self.mlp_norm(x + self._branch(self.mlp(x), mlp_key), mlp_change), stored
+        added, penalty = self._feed_forward(x, context)
+        return self.mlp_norm(x + self._branch(added, mlp_key), mlp_change), stored, penalty
+
+    def _feed_forward(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Float32[Array, ""] | None]:
+        """With the penalty of a router, which padding has no part in where it is known."""
+        if isinstance(self.mlp, FeedForward):
+            return self.mlp(x), None
+        counted: Bool[Array, "B T"] | None = None
+        if isinstance(context.mask, Mask) and context.mask.segments is not None:
+            counted = context.mask.segments > 0
+        return self.mlp(x, counted)
+
+    def _directed(self, context: Context) -> Context:
+        """The context of a block that may be one of those that look back alone.
+
+        Raises:
+          ValueError: earlier places are stored, of which blocks that look ahead have none that would stay as they are.
+        """
+        is_causal = self._fact("is_causal")
+        if is_causal is None:
+            return context
+        if not isinstance(context.mask, Mask):
+            raise ValueError("a rack with model.causal_from is read whole: its first blocks see places to come")
+        ahead = jnp.where(is_causal > 0, 0, context.positions.shape[1])
+        return dataclasses.replace(context, mask=dataclasses.replace(context.mask, ahead=ahead))
 
     def _modulations(self, context: Context) -> tuple[Modulation | None, Modulation | None]:
         """Of the two norms."""

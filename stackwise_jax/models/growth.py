@@ -21,7 +21,7 @@ from stackwise_jax.types import Params
 OPERATORS = ("random", "copy", "interleave", "zero_output")
 
 # The maps whose outputs a block adds to the residual stream.
-_RESIDUAL_MAPS = (("attention", "output"), ("mlp", "down"))
+_RESIDUAL_MAPS = (("attention", "output"), ("mlp", "down"), ("experts", "down"), ("shared", "down"))
 
 
 def sources(operator: str, n: int, m: int) -> tuple[int | None, ...]:

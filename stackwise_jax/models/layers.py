@@ -1,11 +1,14 @@
 """The leaves: linear map, norm, feed-forward, dropout. They read weights; `weights.py` says what those are."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from stackwise_jax.models.weights import fixed_maps
 from stackwise_jax.ops.activation import activate
 from stackwise_jax.ops.matmul import as_array, matmul
 from stackwise_jax.ops.norm import normalise
@@ -18,9 +21,11 @@ class Linear(nn.Module):
 
     dtype: DTypeLike
     in_fp8: bool = False
+    is_fixed: bool = False
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        y = matmul(x, self.get_variable("params", "kernel"), dtype=self.dtype, in_fp8=self.in_fp8)
+        kernel = self.get_variable("params", "kernel")
+        y = matmul(x, as_fixed(kernel) if self.is_fixed else kernel, dtype=self.dtype, in_fp8=self.in_fp8)
         bias = self.bias()
         return y if bias is None else jnp.add(y, _as_row(bias, y))
 
@@ -32,6 +37,11 @@ class Linear(nn.Module):
         """What the map adds, if anything."""
         bias = self.get_variable("params", "bias")
         return None if bias is None else bias.astype(self.dtype)
+
+
+def as_fixed(kernel: Any) -> Any:
+    """A kernel that takes no gradient. Only arrays ever do: what is stored otherwise is settled but for its adapter."""
+    return jax.lax.stop_gradient(kernel) if isinstance(kernel, jax.Array) else kernel
 
 
 Modulation = tuple[Float[Array, "B D"], Float[Array, "B D"]]
@@ -97,9 +107,8 @@ class FeedForward(nn.Module):
     in_fp8: bool = False
 
     def setup(self) -> None:
-        self.up, self.down = Linear(self.dtype, self.in_fp8), Linear(self.dtype, self.in_fp8)
-        if self.model.is_gated:
-            self.gate = Linear(self.dtype, self.in_fp8)
+        for name in ("up", "down", "gate") if self.model.is_gated else ("up", "down"):
+            setattr(self, name, Linear(self.dtype, self.in_fp8, name in fixed_maps(self.model)))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         rows = x.reshape(-1, x.shape[-1])  # once, so that the backward pass keeps it once

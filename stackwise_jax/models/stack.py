@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from stackwise_jax.models import weights
 from stackwise_jax.models.block import Block
@@ -19,7 +19,7 @@ from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params, Quantised
 
 Body = Callable[[Array, Any], Any]
-"""One turn of the loop over blocks: (activations, (the block's weights, its key)) -> (activations, None)."""
+"""One turn of the loop over blocks: (activations, (the block's weights, its key)) -> (activations, penalty | None)."""
 
 # What the backward pass of a block keeps: everything, the matmul outputs, or only the block's input. Where both passes
 # lie in one program and not in two loops, the compiler would find the second computation equal to the first and keep
@@ -71,6 +71,24 @@ def apply_stack(
     key: Key | None = None,
     around: Callable[[Body], Body] = lambda body: body,
 ) -> Float[Array, "B T D"]:
+    """Runs the blocks of a stack in turn; arguments as of `apply_penalised_stack`."""
+    own: dict[str, Any] = {"dtype": dtype, "in_fp8": in_fp8, "remat": remat, "unroll": unroll, "key": key}
+    return apply_penalised_stack(params, x, context, model, around=around, **own)[0]
+
+
+def apply_penalised_stack(
+    params: Params,
+    x: Float[Array, "B T D"],
+    context: Context,
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+    in_fp8: bool = False,
+    remat: str = "none",
+    unroll: int = 1,
+    key: Key | None = None,
+    around: Callable[[Body], Body] = lambda body: body,
+) -> tuple[Float[Array, "B T D"], Float32[Array, ""] | None]:
     """Runs the blocks of a stack in turn.
 
     Args:
@@ -82,20 +100,25 @@ def apply_stack(
         backward pass keeps into and out of arrays with a block axis.
       key: for dropout; None leaves it out.
       around: is put around each block; on several devices it brings the block's weights together.
+
+    Returns:
+      Activations, and what the routers of all blocks add to the training loss, a token (None without experts).
     """
     block = Block(model, dtype, in_fp8)
     n_blocks = stack_size(params)
     keys = None if key is None or model.dropout == 0.0 else jax.random.split(key, n_blocks)
 
-    def body(hidden: Array, of_block: tuple[Params, Key | None]) -> tuple[Array, None]:
+    def body(hidden: Array, of_block: tuple[Params, Key | None]) -> tuple[Array, Array | None]:
         block_params, block_key = of_block
-        return block.apply({"params": block_params}, hidden, context, block_key)[0], None
+        hidden, _, penalty = typing.cast(Any, block.apply({"params": block_params}, hidden, context, block_key))
+        return hidden, penalty
 
     unroll = min(unroll, n_blocks)
     if unroll == n_blocks:
         params, x = _decoded_here(params, x)
     turn = REMAT[remat](around(body), unroll == n_blocks)
-    return jax.lax.scan(turn, x.astype(dtype), (params, keys), length=n_blocks, unroll=unroll)[0]
+    x, penalties = jax.lax.scan(turn, x.astype(dtype), (params, keys), length=n_blocks, unroll=unroll)
+    return x, None if penalties is None else jnp.sum(penalties)
 
 
 def decode_stack(
@@ -118,7 +141,7 @@ def decode_stack(
     def body(carry: tuple[Array, Store], of_block: tuple[Params, Array]) -> tuple[tuple[Array, Store], None]:
         (hidden, store), (block_params, index) = carry, of_block
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), store)
-        hidden, own = typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, own))
+        hidden, own, _ = typing.cast(Any, block.apply({"params": block_params}, hidden, context, None, own))
         update = jax.lax.dynamic_update_index_in_dim
         return (hidden, jax.tree.map(lambda leaf, new: update(leaf, new, index, 0), store, own)), None
 

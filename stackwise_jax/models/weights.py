@@ -29,6 +29,7 @@ class Weight:
         told by its place in the rack (`block_facts`), that is kept with its weights and no gradient changes.
       std: standard deviation of a normal initialiser.
       value: of a constant initialiser.
+      is_fixed: it is no variable: it stays as it was drawn.
     """
 
     shape: tuple[int, ...]
@@ -36,11 +37,12 @@ class Weight:
     init: str = "normal"
     std: float = 0.0
     value: float = 0.0
+    is_fixed: bool = False
 
     @property
     def is_matrix(self) -> bool:
-        """Norms and biases are not."""
-        return len(self.shape) == 2
+        """Norms, biases and routers are not. Of experts it is one array [E D F]."""
+        return len(self.shape) >= 2 and self.axes[-1] != "E"
 
     @property
     def size(self) -> int:
@@ -90,15 +92,11 @@ def block_table(model: ModelConfig) -> Table:
     """
     std = model.init_std
     residual_std = std / math.sqrt(2 * model.n_blocks)
-    width, hidden = (model.d_model, "D"), (model.d_ff, "F")
-    mlp = {"up": _linear(model, width, hidden, std), "down": _linear(model, hidden, width, residual_std)}
-    if model.is_gated:
-        mlp["gate"] = _linear(model, width, hidden, std)
     table: Table = {
         "attention_norm": _norm(model),
         "attention": _attention(model, std, residual_std),
         "mlp_norm": _norm(model),
-        "mlp": mlp,
+        "mlp": _experts(model, std, residual_std) if model.has_experts else _mlp(model, model.d_ff, std, residual_std),
     }
     if model.time_input:
         table["adaptive"] = _adaptive(model, 2)
@@ -106,6 +104,53 @@ def block_table(model: ModelConfig) -> Table:
     if gain is not None:
         table["residual_gain"] = Weight((), (), "constant", value=gain)
     return table | {name: Weight((), (), "place") for name in block_facts(model, 0)}
+
+
+def _mlp(model: ModelConfig, hidden: int, std: float, residual_std: float) -> Table:
+    """Fixed maps start at the scale of random features, unit variance for inputs of unit variance: none can grow."""
+    width, inner = (model.d_model, "D"), (hidden, "F")
+    table = {"up": _linear(model, width, inner, std), "down": _linear(model, inner, width, residual_std)}
+    table |= {"gate": _linear(model, width, inner, std)} if model.is_gated else {}
+    for name in fixed_maps(model):
+        drawn = dataclasses.replace(table[name]["kernel"], std=1.0 / math.sqrt(model.d_model), is_fixed=True)
+        table[name] = table[name] | {"kernel": drawn}
+    return table
+
+
+def fixed_maps(model: ModelConfig) -> tuple[str, ...]:
+    """Maps of feed-forwards, experts' too, whose kernels are random numbers that no update changes."""
+    return {"none": (), "up": ("up",), "up_and_gate": ("up", "gate")}[model.fixed_maps]
+
+
+def is_fixed(path: tuple[Any, ...], model: ModelConfig) -> bool:
+    """`Weight.is_fixed` of an array of a block by its name."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return names[-1] == "kernel" and names[-2] in fixed_maps(model)
+
+
+def _experts(model: ModelConfig, std: float, residual_std: float) -> Table:
+    """A router, the matrices of all experts in one array each, and shared experts as one feed-forward.
+
+    The router is kept as vectors are (`is_matrix`): float32 in trunks of 16 bits or fewer that keep vectors so, whole
+    on every device, and moved by AdamW without decay.
+    """
+    own, hidden = model.experts, typing.cast(int, model.experts.d_ff)
+
+    def of_all(name: str, kernel: Weight) -> Table:
+        shape, axes = (own.count, *kernel.shape), ("E", *kernel.axes)
+        return {name: {"kernel": dataclasses.replace(kernel, shape=shape, axes=axes)}}
+
+    one = _mlp(model, hidden, std, residual_std)
+    experts: Table = {}
+    for name, linear in one.items():
+        experts |= of_all(name, linear["kernel"])
+    table: Table = {"router": Weight((model.d_model, own.count), ("D", "E"), std=std), "experts": experts}
+    return table | ({"shared": _mlp(model, own.shared * hidden, std, residual_std)} if own.shared else {})
+
+
+def is_matrix(path: tuple[Any, ...], n_axes: int) -> bool:
+    """`Weight.is_matrix` of an array by its name and its number of axes, those before a weight's own left out."""
+    return n_axes >= 2 and jax.tree_util.keystr(path[-1:], simple=True) != "router"
 
 
 def _attention(model: ModelConfig, std: float, residual_std: float) -> Table:
@@ -171,13 +216,16 @@ def stores_latents(model: ModelConfig) -> bool:
 def block_facts(model: ModelConfig, block: int | Array) -> dict[str, Array]:
     """What sets block number `block` of a rack apart from others, where blocks differ: 1.0 for yes, 0.0 for no.
 
-    `is_local`: its attention is limited to `model.window`. `is_first`: it has no use for its attention norm. They lie
-    among its weights, so that unlike blocks are scanned alike, however stacks are cut (`models.stack.placed` says them
-    anew where a stack comes to another place).
+    `is_local`: its attention is limited to `model.window`. `is_first`: it has no use for its attention norm.
+    `is_causal`: it sees no place after its own, in a rack whose first blocks do (`model.causal_from`). They lie among
+    its weights, so that unlike blocks are scanned alike, however stacks are cut (`models.stack.placed` says them anew
+    where a stack comes to another place).
     """
     facts = {}
     if model.window is not None and model.global_every is not None:
         facts["is_local"] = jnp.float32(jnp.asarray(block) % model.global_every != 0)
+    if model.causal_from is not None:
+        facts["is_causal"] = jnp.float32(jnp.asarray(block) >= model.causal_from)
     if not model.first_attention_norm:
         facts["is_first"] = jnp.float32(jnp.asarray(block) == 0)
     return facts

@@ -43,8 +43,9 @@ def linear_attention(
     Raises:
       ValueError: a mask that sums cannot express, or sums with one that looks ahead.
     """
-    if mask.kind not in KINDS or mask.window is not None:
-        raise ValueError(f"linear-time attention has no mask of kind {mask.kind!r} with window={mask.window}")
+    if mask.kind not in KINDS or mask.window is not None or mask.ahead is not None:
+        limits = f"window={mask.window} and ahead={mask.ahead}"
+        raise ValueError(f"linear-time attention has no mask of kind {mask.kind!r} with {limits}")
     if sums is not None and mask.kind != "causal":
         raise ValueError(f"sums of the past are for causal rows, not for kind {mask.kind!r}")
     B, T, N, M = q.shape

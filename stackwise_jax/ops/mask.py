@@ -39,6 +39,7 @@ class Mask:
       block_length: places of a block, given if and only if there are blocks; the last one may be shorter. Static.
       window: places see those at most so far away, before or after, in either half of a row of two halves as if they
         were one; None: all.
+      ahead: places see those at most so far after them; None: as the kind says.
     """
 
     kind: MaskKind = dataclasses.field(metadata={"static": True})
@@ -46,11 +47,12 @@ class Mask:
     prefix_lengths: Int[Array, "B"] | None = None
     block_length: int | None = dataclasses.field(default=None, metadata={"static": True})
     window: Int[Array, ""] | int | None = None
+    ahead: Int[Array, ""] | int | None = None
 
     @property
     def has_data(self) -> bool:
         """Whether what is static does not tell the mask."""
-        return self.differs_by_row or self.window is not None
+        return self.differs_by_row or self.window is not None or self.ahead is not None
 
     @property
     def differs_by_row(self) -> bool:
@@ -85,6 +87,8 @@ class Mask:
         if self.window is not None:
             own = place % (length // 2) if self.kind == "block_diffusion" else place
             visible = visible & (jnp.abs(own[:, None] - own[None, :]) <= self.window)[None, None]
+        if self.ahead is not None:
+            visible = visible & (place[None, :] - place[:, None] <= self.ahead)[None, None]
         return visible
 
     def _check(self, length: int) -> None:

@@ -47,8 +47,8 @@ def matmul(
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
-def as_array(weight: Float[Array, "D F"] | Quantised | LowRank, *, dtype: DTypeLike) -> Float[Array, "D F"]:
-    """The matrix that `matmul` multiplies by: decoded, and with its low-rank part added in."""
+def as_array(weight: Float[Array, "*E D F"] | Quantised | LowRank, *, dtype: DTypeLike) -> Float[Array, "*E D F"]:
+    """The matrix that `matmul` multiplies by: decoded, and with its low-rank part added in. Also of several at once."""
     if isinstance(weight, LowRank):
         product = jnp.matmul(weight.a.astype(dtype), weight.b.astype(dtype))
         return as_array(settled(weight.base), dtype=dtype) + weight.scale * product

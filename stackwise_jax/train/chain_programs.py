@@ -28,7 +28,7 @@ class ChainPrograms:
     Attributes:
       prepare: (task, batch) -> example.
       embed: (embedding, example, key) -> activations; `pull_embedding` takes their gradient besides.
-      forward: (role, live, settled, activations, context, key) -> activations, as `Program.apply_stack`.
+      forward: (role, live, settled, activations, context, key) -> as `Program.apply_stack`.
       penalty: (activations, embedding, example, scale) -> gradient of `consistency` for the activations.
       head: (live, settled, activations, example, time, offset, scale) -> (loss, (gradients, that of the activations)).
       loss: (parts, activations, example, time) -> loss without z-loss, of an evaluation.
@@ -63,18 +63,20 @@ class ChainPrograms:
         context: Context,
         key: Key | None,
         gradient: Float[Array, "B T D"],
+        asked: tuple[Float[Array, ""], Float[Array, ""] | None],
     ) -> tuple[Params, Float[Array, "B T D"]]:
         """Takes a gradient back through a stack, whose inside is computed anew.
 
         Args:
           x: what went into the stack.
           gradient: of what came out of it; its memory becomes that of the result where the dtypes are the same.
+          asked: the batch's weight, and the scale of the loss: what a router's penalty counts.
 
         Returns:
           Gradients of what is trained of the stack (of nothing: nothing), and of `x`.
         """
         pull = self._pull_in_place if gradient.dtype == x.dtype else self._pull
-        return pull(role, live, settled, x, context, key, gradient)
+        return pull(role, live, settled, x, context, key, gradient, asked)
 
     def _apply_embedding(self, params: Params, example: Example, key: Key | None) -> Float[Array, "B T D"]:
         return self.program.apply_embedding(params, example.inputs, example.positions, key)
@@ -100,9 +102,13 @@ class ChainPrograms:
         context: Context,
         key: Key | None,
         gradient: Float[Array, "B T D"],
+        asked: tuple[Float[Array, ""], Float[Array, ""] | None],
     ) -> tuple[Params, Float[Array, "B T D"]]:
         place, apply = self.program.placement, self.program.apply_stack
-        grads, pulled = jax.vjp(lambda p, h: apply(role, p, settled, h, context, key), live, x)[1](gradient)
+        (_, penalty), pull = jax.vjp(lambda p, h: apply(role, p, settled, h, context, key), live, x)
+        weight, scale = asked
+        of_penalty = None if penalty is None else weight if scale is None else weight * scale
+        grads, pulled = pull((gradient, of_penalty))
         return place.as_weights(grads), place.as_rows(pulled)
 
     def _pull_head(

@@ -73,7 +73,7 @@ class ChainedGradients:
         x = programs.embed(parts["embedding"], example, keys[0]) if activations is None else activations
         boundaries = [x]
         for role, own, stack_key in stacks:
-            boundaries.append(programs.forward(role, *own, boundaries[-1], context, stack_key))
+            boundaries.append(programs.forward(role, *own, boundaries[-1], context, stack_key)[0])
 
         near_head = {name: live[name] for name in ("embedding", "head") if name in live}
         settled = {name: frozen[name] for name in ("embedding", "head") if name in frozen}
@@ -82,13 +82,14 @@ class ChainedGradients:
         )
         own_grads: dict[Role, list[Params]] = {Role.LIVE: [], Role.ADAPTER: [], Role.FROZEN: []}
         penalised = example.revealed is not None
+        asked = (example.weight, scale)
         for role, own, stack_key in reversed(stacks):
             x = boundaries.pop()  # and what the last turn held of them is free
             if role is Role.LIVE and penalised:
                 penalised = False
-                out = programs.forward(role, *own, x, context, stack_key)
+                out, _ = programs.forward(role, *own, x, context, stack_key)
                 pulled = programs.add(pulled, programs.penalty(out, parts["embedding"], example, scale))
-            stack_grads, pulled = programs.pull(role, *own, x, context, stack_key, pulled)
+            stack_grads, pulled = programs.pull(role, *own, x, context, stack_key, pulled, asked)
             own_grads[role].insert(0, stack_grads)
         grads |= {"stacks": own_grads[Role.LIVE], "adapters": own_grads[Role.ADAPTER]}
         if "embedding" in live:
@@ -144,7 +145,7 @@ def make_chained_evaluation(programs: ChainPrograms, signature: Signature) -> Ca
         context = programs.program.context(signature.task, example, parts.get("embedding", {}))
         x = programs.embed(parts["embedding"], example, None) if activations is None else activations
         for (_, role), own in zip(signature.body, body_parts(signature, parts), strict=True):
-            x = programs.forward(role, *own, x, context, None)
+            x, _ = programs.forward(role, *own, x, context, None)
         near_head = {name: parts[name] for name in ("embedding", "head") if name in parts}
         return programs.loss(near_head, x, example, context.time), example.weight
 

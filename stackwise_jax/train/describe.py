@@ -9,7 +9,7 @@ from stackwise_jax.memory import budget
 from stackwise_jax.memory.budget import readable_bytes, readable_count
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
-from stackwise_jax.schema import RunConfig
+from stackwise_jax.schema import ModelConfig, RunConfig
 from stackwise_jax.train.phases import Branch, Phase, stack_sizes
 from stackwise_jax.train.plan import Plan, phase_device_bytes, phase_parameters, rack_bytes, refills, shelf_bytes
 
@@ -23,7 +23,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"stackwise_jax {__version__}   run {config.name}   seed {config.seed}",
         f"model    {readable_count(count_parameters(model))} parameters: {len(sizes)} stacks of {sizes[0]} block(s), "
-        f"width {model.d_model}, {model.n_heads}/{model.n_kv_heads} heads{_attention_kind(config)}, ffn {model.d_ff}, "
+        f"width {model.d_model}, {model.n_heads}/{model.n_kv_heads} heads{_attention_kind(config)}, {_ffn(model)}, "
         f"vocabulary {model.vocab_size}, {model.attention}, {config.objective.name}",
         f"rows     {plan.rows if plan.rows is not None else 'known when the corpus is prepared'} "
         f"of {config.data.seq_len} tokens; {plan.tokens_per_step} tokens a step",
@@ -45,6 +45,18 @@ def _attention_kind(config: RunConfig) -> str:
     words = "" if model.attention_kind == "mha" else f" of {model.attention_kind}"
     words += f" ({kernel.family} kernel, {kernel.form})" if model.has_kernel else ""
     return words
+
+
+def _ffn(model: ModelConfig) -> str:
+    """Of the line about the model: the hidden width, or the experts and how many parameters a token meets."""
+    own = model.experts
+    if not model.has_experts:
+        return f"ffn {model.d_ff}"
+    active = count_parameters(model) - model.n_blocks * budget.idle_parameters(model)
+    shared = f" and {own.shared} shared" if own.shared else ""
+    return (
+        f"{own.active} of {own.count} experts{shared} of ffn {own.d_ff} ({readable_count(active)} parameters a token)"
+    )
 
 
 def _name_width(plan: Plan) -> int:

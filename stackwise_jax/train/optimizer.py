@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from stackwise_jax.schema import OptimizerConfig, RunConfig
+from stackwise_jax.models.weights import fixed_maps, is_fixed, is_matrix
+from stackwise_jax.schema import ModelConfig, OptimizerConfig, RunConfig
 from stackwise_jax.train.optimizer_state import in_stream, kept, rounded_like, widened
 from stackwise_jax.train.spectral import cap_spectral_norm
 from stackwise_jax.types import AnyArray, Params
@@ -42,6 +43,8 @@ def make_transforms(config: RunConfig, *, scales_head: bool) -> Transforms:
     stacks = _muon(own) if own.name == "muon" else _adamw(own, own.learning_rate, leading=1)
     if stability.spectral_norm is not None:
         stacks = optax.chain(stacks, optax.masked(cap_spectral_norm(stability.spectral_norm), _is_matrix(leading=1)))
+    if fixed_maps(config.model):
+        stacks = _without_fixed(stacks, config.model)
     transforms = {
         "embedding": (_adamw(own, own.learning_rate, leading=0), 0),
         "stacks": (stacks, 1),
@@ -49,6 +52,16 @@ def make_transforms(config: RunConfig, *, scales_head: bool) -> Transforms:
         "head": (_adamw(own, head_rate, leading=0), 0),
     }
     return {name: _as_stored(config, name, *transform) for name, transform in transforms.items()}
+
+
+def _without_fixed(transform: optax.GradientTransformation, model: ModelConfig) -> optax.GradientTransformation:
+    """Of a stack, with neither state nor update for the maps that stay as they were drawn."""
+    return optax.partition(
+        {"fixed": optax.set_to_zero(), "moved": transform},
+        lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: "fixed" if is_fixed(path, model) else "moved", params
+        ),
+    )
 
 
 def _as_stored(
@@ -64,8 +77,10 @@ def _as_stored(
 
 
 def _is_matrix(leading: int) -> Any:
-    """A mask for Optax: arrays with two axes besides the block axis. Norms and biases are not among them."""
-    return lambda params: jax.tree.map(lambda leaf: leaf.ndim - leading == 2, params)
+    """A mask for Optax: arrays of matrices. Norms, biases and routers are not among them."""
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: is_matrix(path, leaf.ndim - leading), params
+    )
 
 
 def _adamw(config: OptimizerConfig, learning_rate: float, leading: int) -> optax.GradientTransformation:
@@ -80,8 +95,8 @@ def _adamw(config: OptimizerConfig, learning_rate: float, leading: int) -> optax
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon for the matrices of a stack, each block's on its own; AdamW for the rest."""
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    """Muon for the matrices of a stack, each block's and each expert's on its own; AdamW for the rest."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     muon = optax.contrib.muon(
         config.muon_learning_rate,
         eps=config.epsilon,
@@ -90,7 +105,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     )
     return optax.partition(
         {"matrix": muon, "rest": _adamw(config, config.learning_rate, leading=1)},
-        lambda params: jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 3 else "rest", params),
+        lambda params: jax.tree.map(lambda found: "matrix" if found else "rest", _is_matrix(leading=1)(params)),
     )
 
 

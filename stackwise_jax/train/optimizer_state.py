@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt16, UInt32
 
+from stackwise_jax.models.weights import is_matrix
 from stackwise_jax.ops import rounding
 from stackwise_jax.types import Key, Params
 
@@ -102,7 +103,7 @@ def _store(state: Any, precision: str, key: Array, count: Array, leading: int) -
     paths, structure = jax.tree_util.tree_flatten_with_path(state)
     stored, scales = [], []
     for path, leaf in paths:
-        moment = _moment(path) if leaf.ndim - leading == 2 else None
+        moment = _moment(path) if is_matrix(path, leaf.ndim - leading) else None
         if moment is None or precision == "fp32":
             narrow, scale = leaf, None
         else:

@@ -201,10 +201,11 @@ def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
     if branch.embedding is Role.FROZEN and not (branch.cached and sig.head_has_table):
         frozen += 4 * count(weights.embedding_table(model))
     live_bytes, gradient_bytes = budget.weight_and_gradient_bytes(config, live=live, live_in_stacks=in_stacks)
+    fixed = sum(sizes[stack] for stack in phase.live_stacks) * budget.fixed_parameters(model, config.mesh.fsdp)
     deepest = max(sum(blocks for blocks, _ in own.body) for own in plan.signatures[index])
     return budget.DeviceBytes(
         weights=live_bytes,
-        optimizer=budget.optimizer_bytes(config, live=live, live_in_stacks=in_stacks),
+        optimizer=budget.optimizer_bytes(config, live=live - fixed, live_in_stacks=in_stacks - fixed),
         gradients=gradient_bytes,
         frozen=frozen,
         gathered=_gathered_bytes(config) if config.mesh.fsdp > 1 else _decoded_bytes(config) if stacks else 0,

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.memory.placement import Placement, make_placement
@@ -12,7 +12,7 @@ from stackwise_jax.memory.precision import DTYPES
 from stackwise_jax.models.adapters import attach
 from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import apply_embedding, row_context, time_vector
-from stackwise_jax.models.stack import apply_stack
+from stackwise_jax.models.stack import apply_penalised_stack, apply_stack
 from stackwise_jax.objectives.objective import Task, make_corrupt, tasks
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.phases import Role
@@ -123,8 +123,10 @@ class Program:
 
     def apply_stack(
         self, role: Role, live: Params, settled: Params, x: Float[Array, "B T D"], context: Context, key: Key | None
-    ) -> Float[Array, "B T D"]:
-        """Runs a stack of a path's body.
+    ) -> tuple[Float[Array, "B T D"], Float32[Array, ""] | None]:
+        """Runs a stack of a path's body; returns activations, and what routers add to the loss a token.
+
+        Routers that are settled ask nothing of what is before them: only live stacks add anything.
 
         Args:
           live: what of it is trained: the stack, its adapter, or nothing.
@@ -137,14 +139,14 @@ class Program:
         if role is Role.ADAPTER:
             settled = attach(settled, live, training.adapters.alpha)
         # Without remat the backward pass would keep every matrix of a quantised tail decoded.
-        return self._run(settled, x, context, self.dtype, None, in_fp8=self.trunk_in_fp8)
+        return self._run(settled, x, context, self.dtype, None, in_fp8=self.trunk_in_fp8)[0], None
 
     def _run(
         self, params: Params, x: Array, context: Context, dtype: Any, key: Key | None, *, in_fp8: bool = False
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], Float32[Array, ""] | None]:
         """Runs a stack that gradient passes through, laid out and kept as the config says."""
         training = self.config.training
-        x = apply_stack(
+        x, penalty = apply_penalised_stack(
             params,
             x,
             context,
@@ -156,7 +158,7 @@ class Program:
             key=key,
             around=self.placement.around_block(dtype),
         )
-        return self.placement.as_rows(x)
+        return self.placement.as_rows(x), penalty
 
     def apply_trunk_stack(self, params: Params, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Runs a stack of the trunk, which no gradient reaches."""

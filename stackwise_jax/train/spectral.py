@@ -17,7 +17,7 @@ class SpectralState(NamedTuple):
     """The running estimate of each matrix's right singular vector of its largest singular value.
 
     Attributes:
-      directions: a tree like the parameters; [L, F], of length 1.
+      directions: a tree like the parameters; [L, F] or [L, E, F], of length 1.
     """
 
     directions: Any
@@ -26,9 +26,10 @@ class SpectralState(NamedTuple):
 def cap_spectral_norm(limit: float) -> optax.GradientTransformation:
     """An Optax transformation that changes updates so that no matrix ends with a singular value far above `limit`.
 
-    To be the last of a chain, on stacked matrices [L, D, F] only. An update makes one power iteration from the vector
-    that the last one left, so the estimate follows the weights and costs two products with a vector; it approaches the
-    largest singular value from below. The first vectors are fixed numbers, so equal runs are equal.
+    To be the last of a chain, on stacked matrices [L, D, F] only, or [L, E, D, F] of experts. An update makes one power
+    iteration from the vector that the last one left, so the estimate follows the weights and costs two products with a
+    vector; it approaches the largest singular value from below. The first vectors are fixed numbers, so equal runs are
+    equal.
 
     With a learning rate of a fraction f of its peak the matrix goes that share of its way: the norm is convex, so what
     was within the limit stays there.
@@ -47,26 +48,27 @@ def cap_spectral_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _first_direction(path: tuple[Any, ...], leaf: Array) -> Float[Array, "L F"]:
+def _first_direction(path: tuple[Any, ...], leaf: Array) -> Float[Array, "*L F"]:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    drawn = jax.random.normal(jax.random.key(zlib.crc32(name.encode())), (leaf.shape[0], leaf.shape[2]), jnp.float32)
+    shape = (*leaf.shape[:-2], leaf.shape[-1])
+    drawn = jax.random.normal(jax.random.key(zlib.crc32(name.encode())), shape, jnp.float32)
     return _unit(drawn)[0]
 
 
-def _unit(vectors: Float[Array, "L F"]) -> tuple[Float[Array, "L F"], Float[Array, "L"]]:
+def _unit(vectors: Float[Array, "*L F"]) -> tuple[Float[Array, "*L F"], Float[Array, "*L"]]:
     """Vectors of length 1, and the lengths they had; of a vector of zeros, zeros."""
-    lengths = jnp.sqrt(jnp.sum(vectors**2, axis=1))
-    return vectors / jnp.maximum(lengths, 1e-30)[:, None], lengths
+    lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
+    return vectors / jnp.maximum(lengths, 1e-30)[..., None], lengths
 
 
 def _capped(
-    update: Float[Array, "L D F"], matrix: Float[Array, "L D F"], direction: Float[Array, "L F"], *, limit: float
-) -> tuple[Float[Array, "L D F"], Float[Array, "L F"]]:
+    update: Float[Array, "*L D F"], matrix: Float[Array, "*L D F"], direction: Float[Array, "*L F"], *, limit: float
+) -> tuple[Float[Array, "*L D F"], Float[Array, "*L F"]]:
     """The update that ends within the limit, and the next direction."""
     moved = matrix + update
-    left, _ = _unit(jnp.einsum("LDF,LF->LD", moved, direction, precision="highest"))
-    found, norms = _unit(jnp.einsum("LDF,LD->LF", moved, left, precision="highest"))
+    left, _ = _unit(jnp.einsum("...DF,...F->...D", moved, direction, precision="highest"))
+    found, norms = _unit(jnp.einsum("...DF,...D->...F", moved, left, precision="highest"))
     # A matrix of zeros has no direction; it keeps the one it had, for when it has grown.
-    direction = jnp.where((norms > 0.0)[:, None], found, direction)
-    factor = jnp.minimum(1.0, limit / jnp.maximum(norms, 1e-30))[:, None, None]
+    direction = jnp.where((norms > 0.0)[..., None], found, direction)
+    factor = jnp.minimum(1.0, limit / jnp.maximum(norms, 1e-30))[..., None, None]
     return jnp.where(factor < 1.0, factor * moved - matrix, update), direction

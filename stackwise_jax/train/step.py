@@ -47,7 +47,8 @@ def run_path(
     """Runs the body of a path, from tokens or from the trunk's output, up to the output table.
 
     Returns:
-      What meets the output table, and the summed penalty of `consistency` (0 where it is not asked for).
+      What meets the output table, and the summed penalties of `consistency` and of the routers of live stacks (0
+      where there are none).
     """
     model, embedding = program.config.model, parts.get("embedding", {})
     context = program.context(signature.task, example, embedding)
@@ -60,7 +61,9 @@ def run_path(
     last_live = max((number for number, role in enumerate(roles) if role is Role.LIVE), default=None)
     penalty = jnp.zeros(())
     for number, (role, own, stack_key) in enumerate(zip(roles, body_parts(signature, parts), keys[1:], strict=True)):
-        x = program.apply_stack(role, *own, x, context, stack_key)
+        x, of_routers = program.apply_stack(role, *own, x, context, stack_key)
+        if of_routers is not None:  # a mean, beside a sum that is divided by the weight later
+            penalty = penalty + example.weight * of_routers
         if number == last_live and example.revealed is not None:
             penalty = consistency(program, embedding, x, example)
     return apply_head_norm(parts["head"], x.astype(program.dtype), model, context.time), penalty

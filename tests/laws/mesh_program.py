@@ -29,7 +29,7 @@ from stackwise_jax.memory.processes import start_processes
 from stackwise_jax.memory.tiers import DeviceStore
 from stackwise_jax.models.rack import init_rack
 from stackwise_jax.objectives.objective import Task
-from stackwise_jax.schema import MeshConfig, RunConfig
+from stackwise_jax.schema import ExpertsConfig, MeshConfig, RunConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.chain_programs import ChainPrograms
 from stackwise_jax.train.chained import ChainedGradients
@@ -89,6 +89,8 @@ def gradient_differences(config: RunConfig) -> dict[str, float]:
         "2x1 chained": difference(gradients(config, MeshConfig(2, 1), chained=True), alone),
     }
     unlike = with_mesh(config, NO_MESH, model=UNLIKE)
+    routed = with_mesh(config, NO_MESH, model={"experts": ExpertsConfig(count=4, shared=1, balance=0.5, z_loss=0.1)})
+    found["2x4 experts"] = difference(gradients(routed, MeshConfig(2, 4)), gradients(routed, NO_MESH))
     found["2x4 unlike blocks"] = difference(gradients(unlike, MeshConfig(2, 4)), gradients(unlike, NO_MESH))
 
     def first_only(self: Placement, function: Callable[..., Any], matrix: Any, *rows: Any) -> Any:

@@ -18,6 +18,7 @@ from stackwise_jax.train.plan import make_plan
 OBJECTIVES = {
     "causal": {},
     "masked": {"objective__name": "mlm", "model__attention": "bidirectional", "objective__rate_max": 0.5},
+    "experts": {"model__experts__count": 4, "model__experts__d_ff": 16, "precision__trunk": "nf4"},
 }
 
 

@@ -19,7 +19,7 @@ from stackwise_jax.train.optimizer import init_part, make_transforms
 from stackwise_jax.train.phases import Role, Signature
 from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import TrainState
-from stackwise_jax.train.step import make_evaluation, make_gradients, make_train_step
+from stackwise_jax.train.step import make_evaluation, make_gradients, make_train_step, path_loss
 from stackwise_jax.types import Batch, Params, Vocabulary
 
 LIVE, FROZEN, ADAPTER = Role.LIVE, Role.FROZEN, Role.ADAPTER
@@ -30,6 +30,7 @@ PULLED = {
     "objective__consistency": 0.5,
     "training__progressive__direction": "right_to_left",
 }
+EXPERTS = {"model__experts__count": 4, "model__experts__balance": 0.5, "model__ffn": "gelu"}
 PATHS = {
     "all live, tied": ({"model__ties_embedding": True}, ((1, LIVE), (2, LIVE)), LIVE, LIVE, False),
     "all live, dropout, accumulated": (
@@ -50,6 +51,7 @@ PATHS = {
     "frozen head and tail, remat": ({"training__remat": "full"}, ((2, LIVE), (1, FROZEN)), FROZEN, FROZEN, True),
     "adapters before and after": ({}, ((1, ADAPTER), (2, LIVE), (1, ADAPTER)), FROZEN, LIVE, True),
     "adapters alone, 4 bits": ({"precision__trunk": "nf4"}, ((1, ADAPTER),), FROZEN, FROZEN, True),
+    "experts, tail": (EXPERTS, ((1, LIVE), (1, LIVE), (1, FROZEN)), FROZEN, LIVE, True),
     "consistency, time, tail": (PULLED, ((1, LIVE), (1, LIVE), (2, FROZEN)), FROZEN, LIVE, True),
 }
 
@@ -132,6 +134,24 @@ def test_the_law_reaches_adapters_and_the_penalty(path: str, changed: str, tiny:
         live, frozen, batch, x, None
     )
     assert relative_difference(chained[0][changed], fused[0][changed]) > 1e-3
+
+
+def test_a_routers_penalty_is_in_no_loss(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is added to what is differentiated alone: what is reported of a step and of held-out rows has none of it.
+
+    The twin of equal gradients: a chain that leaves it out.
+    """
+    program, signature, live, frozen, batch, x = setting(tiny, "experts, tail")
+    total, weight, penalty = jax.jit(path_loss, static_argnums=(0, 1))(program, signature, live, frozen, batch, x, None)
+    measured = make_evaluation(program, signature)(live, frozen, batch, x)
+    assert 0.9 * 2 * 0.5 < float(penalty / weight) < 1.2 * 2 * 0.5  # of two live blocks, none of the frozen one
+    chain = ChainedGradients(ChainPrograms(program), signature)
+    chained = chain(live, frozen, batch, x, None)
+    pull: Any = chain.programs.pull
+    monkeypatch.setattr(chain.programs, "pull", lambda *args: pull(*args[:-1], (jnp.float32(0.0), None)))
+    assert relative_difference(chain(live, frozen, batch, x, None)[0]["stacks"], chained[0]["stacks"]) > 1e-2
+    assert relative_difference((total, weight), measured) < 1e-6
+    assert relative_difference(chained[1:], measured) < 1e-5
 
 
 def test_chained_evaluation_is_fused_evaluation(tiny: Any) -> None:

@@ -47,7 +47,7 @@ def seen(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_gradients_are_those_of_one_device(seen: dict[str, Any]) -> None:
     found = dict(seen["gradients"])
     assert found.pop("twin") > 0.1  # where only one device's rows counted
-    assert len(found) == 4
+    assert len(found) == 5
     assert max(found.values()) < LIMIT, found
 
 
@@ -84,9 +84,10 @@ def test_a_matrix_is_cut_along_the_larger_axis_that_can_be_and_never_along_block
     assert split_axis(shape, 1) is None
 
 
-def test_the_names_that_are_cut_are_those_of_matrices(tiny: Any) -> None:
+@pytest.mark.parametrize("own", [{"use_bias": True}, {"experts__count": 4, "experts__shared": 1}])
+def test_the_names_that_are_cut_are_those_of_matrices(own: dict[str, Any], tiny: Any) -> None:
     fields = {"token_types": 2, "head_transform": True, "logit_bias": True, "first_attention_norm": False}
-    fields |= {"positions": "learned", "use_bias": True, "norm": "layernorm"}
+    fields |= {"positions": "learned", "norm": "layernorm", **own}
     model = tiny(**{f"model__{name}": value for name, value in fields.items()}).model
     tables = (weights.block_table(model), weights.embedding_table(model), weights.head_table(model, tied=False))
     for path, weight in jax.tree_util.tree_leaves_with_path(tables, is_leaf=weights.is_weight):

@@ -16,6 +16,7 @@ from stackwise_jax.memory.precision import from_storage, to_storage, weight_byte
 from stackwise_jax.models.block import Block
 from stackwise_jax.models.rack import row_context
 from stackwise_jax.models.stack import apply_stack, init_stack
+from stackwise_jax.models.weights import Weight
 from stackwise_jax.ops import quant
 from stackwise_jax.ops.matmul import matmul
 from stackwise_jax.types import Params, Quantised
@@ -124,7 +125,7 @@ def test_any_shape_is_stored_in_the_bytes_that_are_planned_and_blocks_are_indepe
     w = jnp.asarray(gaussian(L, D, F, seed=D))
     stored = to_storage({"kernel": w}, kind)["kernel"]
     assert isinstance(stored, Quantised)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(stored)) == L * weight_bytes((D, F), kind)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(stored)) == L * weight_bytes(Weight((D, F), ("D", "F")), kind)
     assert all(leaf.shape[0] == L for leaf in jax.tree.leaves(stored))
     decoded = quant.decode(stored, jnp.float32)
     assert decoded.shape == w.shape
