@@ -5,8 +5,11 @@ heads. A kernel is never given a window: cuDNN's window without causality attend
 causal nor bidirectional goes to it as an array, which it reads whole: places that are not seen cost as much as others.
 """
 
+import contextlib
+import contextvars
 import re
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,21 @@ from stackwise_jax.ops.mask import Mask
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn")
 Kernel = Literal["xla", "cudnn"]
+# The compute capability of the NVIDIA GPU that programs are planned for, while they are.
+_planned: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("planned", default=None)
+
+
+@contextlib.contextmanager
+def planned_for(capability: tuple[int, int]) -> Iterator[None]:
+    """What is traced inside is the program of an NVIDIA GPU of a compute capability, for its shapes: it must not run.
+
+    Where cuDNN would serve, `kernel_forward` and `kernel_backward` stand for its kernels.
+    """
+    token = _planned.set(capability)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
 
 
 def attention(
@@ -55,7 +73,8 @@ def attention(
     if isinstance(mask, Mask) and q.shape[1] != k.shape[1]:
         raise ValueError(f"a Mask is for a row that attends to itself, not {q.shape[1]} queries on {k.shape[1]} keys")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # JAX's call refuses the pair
+    is_on_cpu = jax.default_backend() == "cpu" and _planned.get() is None
+    if q.dtype == jnp.float16 and is_on_cpu:  # JAX's call refuses the pair
         if implementation == "xla":
             raise UserError('model.attention_implementation="xla" has no fp16 on a CPU; use "auto" or "reference".')
         implementation = "reference" if implementation == "auto" else implementation
@@ -75,6 +94,8 @@ def attention(
     if implementation == "cudnn" and refusal:
         raise UserError(f'model.attention_implementation="cudnn" {refusal}; use "auto" or "xla".')
     kernel: Kernel = "xla" if refusal or implementation == "xla" else "cudnn"
+    if kernel == "cudnn" and _planned.get() is not None:
+        return _planned_kernel(q, k, v, None if visible is None else jnp.where(visible, 0.0, -1e9).astype(q.dtype))
     # JAX's call mixes dtypes inside, which strict promotion would refuse although the result is as wanted.
     with jax.numpy_dtype_promotion("standard"):
         mixed = jax.nn.dot_product_attention(
@@ -103,7 +124,7 @@ def cudnn_refusal(
       q, k, v: the call's arrays; only shapes and dtypes are read.
       is_causal: whether causality is all there is to the mask, so that no array need be passed.
     """
-    capability = _cuda_capability()
+    capability = cuda_capability()
     if capability is None or capability < (8, 0):
         device = jax.local_devices()[0].device_kind
         return f"needs an NVIDIA GPU of compute capability 8.0 (A100) or newer, and the device is {device}"
@@ -123,13 +144,54 @@ def cudnn_refusal(
     return None
 
 
-def _cuda_capability() -> tuple[int, int] | None:
-    """Returns the compute capability of the default device, None when it is no NVIDIA GPU."""
+def cuda_capability() -> tuple[int, int] | None:
+    """Returns the compute capability of the default device, or of the one that is planned for; None: no NVIDIA GPU."""
+    if (planned := _planned.get()) is not None:
+        return planned
     if jax.default_backend() != "gpu":
         return None
     # AMD's devices, which are "gpu" too, give the name of an architecture here.
     match = re.fullmatch(r"(\d+)\.(\d+)", str(jax.local_devices()[0].compute_capability))
     return (int(match[1]), int(match[2])) if match else None
+
+
+@jax.custom_vjp
+def _planned_kernel(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    return kernel_forward(q, k, v, bias)[0]
+
+
+@jax.jit
+def kernel_forward(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
+    """Stands for cuDNN's forward kernel in a plan: what it reads, and the result and the statistics that it writes."""
+    read = _sum(k, v) if bias is None else _sum(k, v, bias)
+    B, T, N, _ = q.shape
+    return q * read.astype(q.dtype), jnp.zeros((B, N, T), jnp.float32) + read
+
+
+@jax.jit
+def kernel_backward(
+    q: Array, k: Array, v: Array, bias: Array | None, mixed: Array, statistics: Array, gradient: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Stands for cuDNN's backward kernel in a plan: three gradients, and dQ in float32, in which they are summed."""
+    read = _sum(mixed, statistics, gradient) if bias is None else _sum(mixed, statistics, gradient, bias)
+    of_q, of_k, of_v = (own * read.astype(own.dtype) for own in (q, k, v))
+    return of_q, of_k, of_v, q.astype(jnp.float32) * read
+
+
+def _sum(*arrays: Array) -> Array:
+    return jnp.stack([jnp.sum(own).astype(jnp.float32) for own in arrays]).sum()
+
+
+def _planned_forward(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
+    mixed, statistics = kernel_forward(q, k, v, bias)
+    return mixed, (q, k, v, bias, mixed, statistics)
+
+
+def _planned_backward(kept: Any, gradient: Array) -> tuple[Array | None, ...]:
+    return (*kernel_backward(*kept, gradient)[:3], None)
+
+
+_planned_kernel.defvjp(_planned_forward, _planned_backward)
 
 
 def _reference(
