@@ -163,9 +163,10 @@ def _planned_kernel(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
 @jax.jit
 def kernel_forward(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
     """Stands for cuDNN's forward kernel in a plan: what it reads, and the result and the statistics that it writes."""
-    read = _sum(k, v) if bias is None else _sum(k, v, bias)
+    read = _sum(q, k, v) if bias is None else _sum(q, k, v, bias)
     B, T, N, _ = q.shape
-    return q * read.astype(q.dtype), jnp.zeros((B, N, T), jnp.float32) + read
+    mixed = jnp.zeros((B, T, N, v.shape[-1]), q.dtype) + read.astype(q.dtype)
+    return mixed, jnp.zeros((B, N, T), jnp.float32) + read
 
 
 @jax.jit
