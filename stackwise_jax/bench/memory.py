@@ -162,7 +162,8 @@ def measured_row(name: str, config: RunConfig, minutes: float) -> Row:
 def compiled_rows(name: str, config: RunConfig) -> Iterator[Row]:
     """The train step of each kind of phase, as this backend's compiler counts it; chains of programs are left out."""
     from stackwise_jax.bench.live_step import program_bytes
-    from stackwise_jax.train.footprint import NO_GPU, comparable, compiled_step, training_bytes
+    from stackwise_jax.ops.target import NO_GPU
+    from stackwise_jax.train.footprint import comparable, compiled_step, training_bytes
     from stackwise_jax.train.plan import make_plan
 
     plan = make_plan(config, None)

@@ -49,7 +49,7 @@ def run_row(config: RunConfig, workdir: Path) -> dict[str, Any]:
     import jax
 
     from stackwise_jax.memory.placement import start_backend
-    from stackwise_jax.ops.attention import cuda_capability
+    from stackwise_jax.ops.target import cuda_capability
     from stackwise_jax.train import loop
     from stackwise_jax.train.needs import needs_of
 

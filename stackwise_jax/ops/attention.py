@@ -5,10 +5,6 @@ heads. A kernel is never given a window: cuDNN's window without causality attend
 causal nor bidirectional goes to it as an array, which it reads whole: places that are not seen cost as much as others.
 """
 
-import contextlib
-import contextvars
-import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -17,24 +13,10 @@ from jaxtyping import Array, Bool, Float
 
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.ops.mask import Mask
+from stackwise_jax.ops.target import cuda_capability, is_cpu, is_planned
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn")
 Kernel = Literal["xla", "cudnn"]
-# The compute capability of the NVIDIA GPU that programs are planned for, while they are.
-_planned: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("planned", default=None)
-
-
-@contextlib.contextmanager
-def planned_for(capability: tuple[int, int]) -> Iterator[None]:
-    """What is traced inside is the program of an NVIDIA GPU of a compute capability, for its shapes: it must not run.
-
-    Where cuDNN would serve, `kernel_forward` and `kernel_backward` stand for its kernels.
-    """
-    token = _planned.set(capability)
-    try:
-        yield
-    finally:
-        _planned.reset(token)
 
 
 def attention(
@@ -73,8 +55,7 @@ def attention(
     if isinstance(mask, Mask) and q.shape[1] != k.shape[1]:
         raise ValueError(f"a Mask is for a row that attends to itself, not {q.shape[1]} queries on {k.shape[1]} keys")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    is_on_cpu = jax.default_backend() == "cpu" and _planned.get() is None
-    if q.dtype == jnp.float16 and is_on_cpu:  # JAX's call refuses the pair
+    if q.dtype == jnp.float16 and is_cpu():  # JAX's call refuses the pair
         if implementation == "xla":
             raise UserError('model.attention_implementation="xla" has no fp16 on a CPU; use "auto" or "reference".')
         implementation = "reference" if implementation == "auto" else implementation
@@ -94,7 +75,7 @@ def attention(
     if implementation == "cudnn" and refusal:
         raise UserError(f'model.attention_implementation="cudnn" {refusal}; use "auto" or "xla".')
     kernel: Kernel = "xla" if refusal or implementation == "xla" else "cudnn"
-    if kernel == "cudnn" and _planned.get() is not None:
+    if kernel == "cudnn" and is_planned():
         return _planned_kernel(q, k, v, None if visible is None else jnp.where(visible, 0.0, -1e9).astype(q.dtype))
     # JAX's call mixes dtypes inside, which strict promotion would refuse although the result is as wanted.
     with jax.numpy_dtype_promotion("standard"):
@@ -142,17 +123,6 @@ def cudnn_refusal(
         # array (https://github.com/pytorch/pytorch/issues/196678), and with none (cuDNN 9.19 on an H200, H = 64).
         return f"needs a multiple of 128 keys unless rows are causal and one document each, not {S}"
     return None
-
-
-def cuda_capability() -> tuple[int, int] | None:
-    """Returns the compute capability of the default device, or of the one that is planned for; None: no NVIDIA GPU."""
-    if (planned := _planned.get()) is not None:
-        return planned
-    if jax.default_backend() != "gpu":
-        return None
-    # AMD's devices, which are "gpu" too, give the name of an architecture here.
-    match = re.fullmatch(r"(\d+)\.(\d+)", str(jax.local_devices()[0].compute_capability))
-    return (int(match[1]), int(match[2])) if match else None
 
 
 @jax.custom_vjp

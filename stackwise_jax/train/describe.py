@@ -10,9 +10,8 @@ from stackwise_jax.memory.budget import readable_bytes, readable_count
 from stackwise_jax.memory.placement import device_limit
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
-from stackwise_jax.ops.attention import cuda_capability
+from stackwise_jax.ops.target import Capability, cuda_capability
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.footprint import Capability
 from stackwise_jax.train.machine import Machine
 from stackwise_jax.train.metrics import readable_time
 from stackwise_jax.train.needs import Needs, disk_bytes, host_bytes, needs_of, settings_that_fit, shortages, with_tier

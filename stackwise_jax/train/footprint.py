@@ -17,7 +17,7 @@ from stackwise_jax.memory.fusion import MATMUL_WORKSPACE
 from stackwise_jax.memory.liveness import Peak, Stored, peak_memory
 from stackwise_jax.memory.precision import DTYPES, decoded
 from stackwise_jax.objectives.objective import Task
-from stackwise_jax.ops.attention import planned_for
+from stackwise_jax.ops.target import NO_GPU, Capability, planned_for
 from stackwise_jax.schema import (
     ArchitectureConfig,
     CacheConfig,
@@ -37,10 +37,6 @@ from stackwise_jax.train.scaling import init_scaling
 from stackwise_jax.train.state import PartSource, TrainState, adapter_name, part_shape
 from stackwise_jax.train.step import make_evaluation, make_train_step
 from stackwise_jax.types import Batch, Params, Vocabulary
-
-Capability = tuple[int, int]
-"""Compute capability of an NVIDIA GPU, which decides what serves attention."""
-NO_GPU: Capability = (0, 0)  # no kernel of an NVIDIA library serves anything
 
 _LABELS = {"params": "weights", "optimizer": "optimizer", "frozen_stacks": "frozen", "head": "head"}
 _LABELS |= {"embedding": "head", "rows": "activations"}

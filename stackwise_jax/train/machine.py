@@ -7,8 +7,7 @@ from pathlib import Path
 
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.memory import placement
-from stackwise_jax.ops.attention import cuda_capability
-from stackwise_jax.train.footprint import Capability
+from stackwise_jax.ops.target import Capability, cuda_capability
 from stackwise_jax.train.metrics import PEAK_FLOPS, peak_flops
 
 # Memory in GB and compute capability of cards, by the names of `metrics.PEAK_FLOPS` (vendors' data sheets).

@@ -14,9 +14,9 @@ from stackwise_jax.memory import budget
 from stackwise_jax.memory.budget import DeviceBytes
 from stackwise_jax.memory.tiers import CHUNKS_IN_FLIGHT, CHUNKS_READ
 from stackwise_jax.models import weights
+from stackwise_jax.ops.target import Capability
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import footprint
-from stackwise_jax.train.footprint import Capability
 from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature, stack_sizes
 from stackwise_jax.train.state import part_names
 

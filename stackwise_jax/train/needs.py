@@ -11,7 +11,7 @@ from stackwise_jax.memory import budget
 from stackwise_jax.memory.tiers import TIERS
 from stackwise_jax.models import weights
 from stackwise_jax.objectives.objective import Task
-from stackwise_jax.train.footprint import Capability
+from stackwise_jax.ops.target import Capability
 from stackwise_jax.train.machine import Machine
 from stackwise_jax.train.phases import Role
 from stackwise_jax.train.plan import Plan, make_plan, phase_device_bytes, phase_state_bytes, rack_bytes, shelf_bytes

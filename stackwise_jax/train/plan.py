@@ -9,10 +9,9 @@ from stackwise_jax.models import weights
 from stackwise_jax.models.adapters import adapter_parameters
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
-from stackwise_jax.ops.attention import cuda_capability
+from stackwise_jax.ops.target import Capability, cuda_capability
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
-from stackwise_jax.train.footprint import Capability
 from stackwise_jax.train.moments import CacheBytes, phase_moments
 from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature, signature, stack_sizes
 from stackwise_jax.train.state import carried_names

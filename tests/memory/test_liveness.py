@@ -13,8 +13,8 @@ from stackwise_jax.memory.liveness import packed_bytes, peak_memory
 from stackwise_jax.models import families
 from stackwise_jax.models.block import Context
 from stackwise_jax.models.stack import apply_stack, init_stack
-from stackwise_jax.ops.attention import planned_for
 from stackwise_jax.ops.mask import Mask
+from stackwise_jax.ops.target import planned_for
 
 ROWS, WIDTH, HIDDEN = 512, 256, 1024
 X, UP, DOWN = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((ROWS, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
