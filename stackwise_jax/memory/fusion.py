@@ -238,7 +238,7 @@ class _Groups:
     def add_fusion(self, own: Kernel) -> None:
         """A kernel of one result joins an earlier one of its size that reads an array too, if all is there by then."""
         size = own.writes[0].bytes
-        shared = [name for name, value in own.reads.items() if value.bytes >= size and name in self._made_at]
+        shared = [name for name, value in own.reads.items() if 2 * value.bytes >= size and name in self._made_at]
         latest = max((self._made_at.get(name, -1) for name in own.reads), default=-1)
         for name in shared:
             place = self._read_at.get((name, size), -1)
