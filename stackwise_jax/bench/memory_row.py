@@ -49,8 +49,8 @@ def run_row(config: RunConfig, workdir: Path) -> dict[str, Any]:
     import jax
 
     from stackwise_jax.memory.placement import start_backend
-    from stackwise_jax.ops.target import cuda_capability
     from stackwise_jax.train import loop
+    from stackwise_jax.train.machine import target_at_hand
     from stackwise_jax.train.needs import needs_of
 
     start_backend()
@@ -61,7 +61,7 @@ def run_row(config: RunConfig, workdir: Path) -> dict[str, Any]:
         )
     result = loop.run(config, random_corpus(config), workdir, say=lambda _: None)
     measured = device.memory_stats()["peak_bytes_in_use"]  # before the plan is counted anew, which takes none
-    needs = needs_of(result.plan, cuda_capability() or (9, 0))
+    needs = needs_of(result.plan, target_at_hand())
     return {"planned": needs.device.total, "measured": measured, "phase": result.plan.phases[needs.phase].name}
 
 

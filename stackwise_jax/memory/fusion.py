@@ -4,22 +4,22 @@ What XLA does not store is what it computes inside the kernel that reads it. The
 training steps:
 
 - a matmul or another kernel of a library reads whole arrays; a sum that a matmul's result is added to is written over;
-- an elementwise value that several kernels read one after another is stored where it is expensive, or where what it is
-  made of is much larger;
+- an elementwise value that several kernels read one after another is stored where computing it again takes longer than
+  what storing and reading it would take more of the memory's time;
 - kernels of one shape that read the same array are one;
 - results of a program lie in the arguments that were donated for them.
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
-from stackwise_jax.memory.steps import BARRIER, CHEAP, EXPENSIVE, FUSIBLE, IN_PLACE, LOOP, OPAQUE, RANDOM, Step, Value
+from stackwise_jax.memory.steps import BARRIER, FUSIBLE, IN_PLACE, LOOP, OPAQUE, Step, Value
 
-# An elementwise value that several kernels read is stored where its operands have more than so many times its bytes.
-_WORTH_STORING = 1.5
 _WIDEST_FUSION = 96  # operands and results of one
 _CONVERSION = "convert_element_type"
+_MORE_THAN_COPYING = 10.0  # FLOPs a number
 MATMUL_WORKSPACE = 32 * 2**20  # of cuBLAS
 
 
@@ -51,10 +51,21 @@ class Fused:
     """
 
     def __init__(
-        self, steps: list[Step], results: list[Value], donated: list[Value], workspace: int = MATMUL_WORKSPACE
+        self,
+        steps: list[Step],
+        results: list[Value],
+        donated: list[Value],
+        flops_per_byte: float,
+        workspace: int = MATMUL_WORKSPACE,
     ) -> None:
-        """Decides what is stored; `donated` of the results lie in arguments, and a matmul needs `workspace` besides."""
-        self._workspace = workspace
+        """Decides what is stored.
+
+        Args:
+          donated: results that lie in arguments.
+          flops_per_byte: of the device: FLOPs that it computes while its memory moves a byte.
+          workspace: bytes that a matmul needs besides.
+        """
+        self._flops_per_byte, self._workspace = flops_per_byte, workspace
         self._results, self._donated = {id(value) for value in results}, {id(value) for value in donated}
         self._steps = _needed(steps, results)
         self._number = {id(step): number for number, step in enumerate(self._steps)}
@@ -66,7 +77,7 @@ class Fused:
         self._whole = {id(value) for step in self._steps for value in step.writes if self._is_whole(step, value)}
         self._stored = set(self._whole)
         self._made_of: dict[int, dict[int, Value]] = {}
-        self._dear = set[int]()
+        self._steps_of: dict[int, set[int]] = {}
         for _ in range(2):  # what is stored decides what others are made of, and that what else is stored
             self._find_sources()
             self._store_shared()
@@ -118,18 +129,29 @@ class Fused:
                 kernels_of[id(value)] = kernels
                 if step.kind not in FUSIBLE or id(value) in self._whole:
                     continue
-                operands = sum(source.bytes for source in self._made_of[id(value)].values())
-                is_dear = step.kind == RANDOM or id(value) in self._dear or operands > _WORTH_STORING * value.bytes
-                is_dear = is_dear and not self._is_widened_again(step, value)
-                if is_dear and len(kernels) > 1 and not self._are_one(kernels):
+                is_stored = len(kernels) > 1 and self._is_dear(value, len(kernels))
+                if is_stored and not self._is_widened_again(step, value) and not self._are_one(kernels):
                     self._stored.add(id(value))
                 else:
                     self._stored.discard(id(value))
 
+    def _is_dear(self, value: Value, kernels: int) -> bool:
+        """Computing a value in each of its kernels takes longer than storing it once and reading it there."""
+        operands = sum(source.bytes for source in self._made_of[id(value)].values())
+        saved = (1 + kernels) * value.bytes - (kernels - 1) * operands  # bytes, if it is not stored
+        numbers = math.prod(value.shape)
+        return (kernels - 1) * self._cost(value) * numbers > saved * self._flops_per_byte
+
+    def _cost(self, value: Value) -> float:
+        """FLOPs a number of computing a value from what is stored."""
+        return sum(self._steps[number].cost for number in self._steps_of[id(value)])
+
     def _is_widened_again(self, step: Step, value: Value) -> bool:
-        """A matmul's result in fewer bits, which all that read it widen: the compiler leaves out both conversions."""
+        """Something computed, in fewer bits, which all that read it widen: the compiler leaves out both conversions."""
         if any(own.name != _CONVERSION for own in (step, *self._readers[id(value)])):
             return False
+        if self._cost(value) > _MORE_THAN_COPYING:
+            return True
         wide = [own.step for own in self._made_of[id(value)].values() if own.bytes == 2 * value.bytes]
         return any(step is not None and (step.name == "dot_general" or id(step) in self._sums) for step in wide)
 
@@ -153,13 +175,13 @@ class Fused:
     # Kernels.
 
     def _find_sources(self) -> None:
-        """The stored values that every other value is made of, and which are made of them at some cost."""
-        self._made_of, self._dear = {}, set[int]()
+        """The stored values that every other value is made of, and the steps that this takes."""
+        self._made_of, self._steps_of = {}, {}
         for step in self._steps:
             self._made_of |= dict.fromkeys(map(id, step.writes), self._reads(step))
-            inside = (own for own in step.reads if own.step is not None and id(own) not in self._stored)
-            if step.kind == EXPENSIVE or (step.kind == CHEAP and any(id(own) in self._dear for own in inside)):
-                self._dear |= set(map(id, step.writes))
+            inside = (id(own) for own in step.reads if own.step is not None and id(own) not in self._stored)
+            taken = _union(self._steps_of.get(name, set()) for name in inside) | {self._at(step)}
+            self._steps_of |= dict.fromkeys(map(id, step.writes), taken)
 
     def _reads(self, step: Step) -> dict[int, Value]:
         """The stored values that a step reads, itself or by what is computed inside it."""

@@ -60,6 +60,7 @@ def peak_memory(
     closed: Any,
     labels: Sequence[str],
     *,
+    flops_per_byte: float,
     donated: int = 0,
     is_chain: bool = False,
     workspace: int = MATMUL_WORKSPACE,
@@ -69,12 +70,15 @@ def peak_memory(
     Args:
       closed: a jaxpr, of `jax.make_jaxpr` or `jitted.trace(...).jaxpr`.
       labels: of its arguments, one each.
+      flops_per_byte: of the device, as in `Fused`.
       donated: so many first results lie in arguments that were given up for them.
       is_chain: Python drives it, and every jitted call in it is a program.
       workspace: bytes that a matmul needs besides.
     """
-    steps, arguments, results = program_steps(closed, labels, _measured(workspace) if is_chain else None)
-    fused = Fused(steps, results, results[:donated], workspace)
+    steps, arguments, results = program_steps(
+        closed, labels, _measured(flops_per_byte, workspace) if is_chain else None
+    )
+    fused = Fused(steps, results, results[:donated], flops_per_byte, workspace)
     fixed, lasting = {id(value) for value in arguments}, set(map(id, results))
     orders = [fused.kernels] if is_chain else [fused.kernels, _greedy(fused.kernels), _lazy(fused.kernels)]
     lives = min((_Lives(order, fixed, lasting) for order in orders), key=lambda own: own.most)
@@ -84,14 +88,14 @@ def peak_memory(
     return Peak(sum(value.bytes for value in arguments), temporary, tuple(stored))
 
 
-def _measured(workspace: int) -> Callable[[Any], int]:
+def _measured(flops_per_byte: float, workspace: int) -> Callable[[Any], int]:
     """Says what a program of a chain needs besides operands and results; equal programs are counted once."""
     known: dict[int, int] = {}
 
     def measure(program: Any) -> int:
         if id(program) not in known:
             labels = [""] * len(program.jaxpr.invars)
-            peak = peak_memory(program, labels, workspace=workspace)
+            peak = peak_memory(program, labels, flops_per_byte=flops_per_byte, workspace=workspace)
             results = sum(value.bytes for value in program_steps(program, labels)[2])
             known[id(program)] = max(0, peak.temporary - results)
         return known[id(program)]

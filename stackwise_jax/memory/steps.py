@@ -20,11 +20,13 @@ _OPAQUE |= {"fft", "custom_call", "dot_product_attention_fwd_wrapper", "dot_prod
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "reduce"}
 _REDUCTIONS |= {"argmax", "argmin", "cumsum", "cummax", "cumprod", "cumlogsumexp"}
 _IN_PLACE = {"scatter", "scatter-add", "scatter_add", "dynamic_update_slice"}
-# Elementwise operations that are not computed twice where their result can be stored.
+# Elementwise operations that cost as much as many others.
 _EXPENSIVE = {"exp", "exp2", "log", "log1p", "expm1", "pow", "tanh", "logistic", "erf", "erf_inv", "sin", "cos"}
 _RANDOM = {"random_bits", "threefry2x32"}
 # Jitted functions with such names stand for one kernel, into which nobody looks (`ops/attention.py`).
 KERNEL_PREFIX = "kernel_"
+# FLOPs a number that elementwise operations cost: such that values are stored where XLA stores them on H100 and H200.
+_COSTS = {"cheap": 0.5, "expensive": 105.0, "random": 300.0}
 
 CHEAP, EXPENSIVE, RANDOM = "cheap", "expensive", "random"
 OPAQUE, REDUCTION, IN_PLACE = "opaque", "reduction", "in_place"
@@ -70,6 +72,11 @@ class Step:
     reads: list[Value]
     writes: list[Value]
     workspace: int = 0
+
+    @property
+    def cost(self) -> float:
+        """FLOPs a number of its result; 0 of what is no elementwise operation."""
+        return _COSTS.get(self.kind, 0.0)
 
 
 def program_steps(

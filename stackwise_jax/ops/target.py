@@ -2,22 +2,36 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import re
 from collections.abc import Iterator
 
 import jax
 
-Capability = tuple[int, int]
-"""Compute capability of an NVIDIA GPU, which decides what serves attention; `NO_GPU` has none."""
-NO_GPU: Capability = (0, 0)
 
-_planned: contextvars.ContextVar[Capability | None] = contextvars.ContextVar("planned", default=None)
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of device, as far as it decides what a program is.
+
+    Attributes:
+      capability: compute capability of an NVIDIA GPU, which decides what serves attention; (0, 0): it is none.
+      flops_per_byte: float32 FLOPs that it computes while its memory moves a byte, which decides what is computed twice.
+    """
+
+    capability: tuple[int, int]
+    flops_per_byte: float
+
+
+NO_GPU = Target((0, 0), 20.0)
+HOPPER = Target((9, 0), 20.0)
+
+_planned: contextvars.ContextVar[Target | None] = contextvars.ContextVar("planned", default=None)
 
 
 @contextlib.contextmanager
-def planned_for(capability: Capability) -> Iterator[None]:
-    """What is traced inside is the program of a device with this capability, for its shapes: it must not run."""
-    token = _planned.set(capability)
+def planned_for(target: Target) -> Iterator[None]:
+    """What is traced inside is the program of a device of this kind, for its shapes: it must not run."""
+    token = _planned.set(target)
     try:
         yield
     finally:
@@ -35,10 +49,10 @@ def is_cpu() -> bool:
     return jax.default_backend() == "cpu" if planned is None else planned == NO_GPU
 
 
-def cuda_capability() -> Capability | None:
+def cuda_capability() -> tuple[int, int] | None:
     """The compute capability of the device that programs are for; None: it is no NVIDIA GPU."""
     if (planned := _planned.get()) is not None:
-        return planned
+        return planned.capability
     if jax.default_backend() != "gpu":
         return None
     # AMD's devices, which are "gpu" too, give the name of an architecture here.

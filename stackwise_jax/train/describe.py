@@ -10,9 +10,9 @@ from stackwise_jax.memory.budget import readable_bytes, readable_count
 from stackwise_jax.memory.placement import device_limit
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
-from stackwise_jax.ops.target import Capability, cuda_capability
+from stackwise_jax.ops.target import Target
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.machine import Machine
+from stackwise_jax.train.machine import Machine, target_at_hand
 from stackwise_jax.train.metrics import readable_time
 from stackwise_jax.train.needs import Needs, disk_bytes, host_bytes, needs_of, settings_that_fit, shortages, with_tier
 from stackwise_jax.train.phases import Branch, Phase, stack_sizes
@@ -31,9 +31,9 @@ def describe(plan: Plan, machine: Machine | None = None) -> str:
     """
     if machine is not None:
         plan = with_tier(plan, machine)
-    capability = machine.capability if machine is not None else cuda_capability() or (9, 0)
+    target = target_at_hand() if machine is None else machine.target
     is_counted = plan.phases and (machine is not None or device_limit() is not None)
-    needs = needs_of(plan, capability) if is_counted else None
+    needs = needs_of(plan, target) if is_counted else None
     config, model = plan.config, plan.config.model
     sizes = stack_sizes(config)
     lines = [
@@ -45,7 +45,7 @@ def describe(plan: Plan, machine: Machine | None = None) -> str:
         f"of {config.data.seq_len} tokens; {plan.tokens_per_step} tokens a step",
         "",
         *_phase_lines(plan),
-        *_memory_lines(plan, needs, capability),
+        *_memory_lines(plan, needs, target),
         *_cache_lines(plan),
         "",
         f"total    {sum(p.steps for p in plan.phases)} steps, {readable_count(plan.flops)} FLOPs "
@@ -95,7 +95,7 @@ def _phase_line(plan: Plan, index: int) -> str:
     )
 
 
-def _memory_lines(plan: Plan, needs: Needs | None, capability: Capability) -> list[str]:
+def _memory_lines(plan: Plan, needs: Needs | None, target: Target) -> list[str]:
     """Device memory of the phase that needs most, by what fills it and moment by moment, then host and disk."""
     host, disk = host_bytes(plan), disk_bytes(plan)
     lines = [
@@ -108,7 +108,7 @@ def _memory_lines(plan: Plan, needs: Needs | None, capability: Capability) -> li
     if plan.rows is None and any(phase.cached for phase in plan.phases):
         fills += "; and the cache, known when the corpus is prepared or data.max_rows is set"
     each = f"each of {plan.config.mesh.n_devices} " if plan.config.mesh.n_devices > 1 else ""
-    moments = device_moments(plan, needs.phase, capability)
+    moments = device_moments(plan, needs.phase, target)
     return [
         f"device   {each}about {readable_bytes(needs.device.total)} in {plan.phases[needs.phase].name}: {fills}",
         f"         {', '.join(f'{name} {readable_bytes(need.total)}' for name, need in moments.items())}",

@@ -17,7 +17,7 @@ from stackwise_jax.memory.fusion import MATMUL_WORKSPACE
 from stackwise_jax.memory.liveness import Peak, Stored, peak_memory
 from stackwise_jax.memory.precision import DTYPES, decoded
 from stackwise_jax.objectives.objective import Task
-from stackwise_jax.ops.target import NO_GPU, Capability, planned_for
+from stackwise_jax.ops.target import NO_GPU, Target, planned_for
 from stackwise_jax.schema import (
     ArchitectureConfig,
     CacheConfig,
@@ -59,7 +59,7 @@ def comparable(config: RunConfig) -> RunConfig:
 
 
 @functools.lru_cache(maxsize=512)
-def training_bytes(config: RunConfig, sig: Signature, capability: Capability) -> budget.DeviceBytes:
+def training_bytes(config: RunConfig, sig: Signature, target: Target) -> budget.DeviceBytes:
     """Of a train step and everything that it is called with.
 
     Args:
@@ -71,7 +71,7 @@ def training_bytes(config: RunConfig, sig: Signature, capability: Capability) ->
     labels += _labels({"rows": state.scaling}) + _frozen_labels(frozen) + _labels({"rows": rest})
     is_chain = sig.execution == "chained"
     donated = 0 if is_chain else len(jax.tree.leaves(state))
-    peak = _counted(step, operands, labels, capability, is_chain=is_chain, donated=donated)
+    peak = _counted(step, operands, labels, target, is_chain=is_chain, donated=donated)
     return _by_tier(peak, config, jax.tree.leaves(state.params))
 
 
@@ -92,13 +92,13 @@ def _step(config: RunConfig, sig: Signature) -> tuple[Any, tuple[Any, ...]]:
 
 
 @functools.lru_cache(maxsize=512)
-def evaluation_bytes(config: RunConfig, sig: Signature, capability: Capability) -> budget.DeviceBytes:
+def evaluation_bytes(config: RunConfig, sig: Signature, target: Target) -> budget.DeviceBytes:
     """Of a held-out batch, optimiser state not among it; `config` as in `training_bytes`."""
     program, state, frozen, batch, activations = _operands(config, sig)
     labels = _labels({"params": state.params}) + _frozen_labels(frozen) + _labels({"rows": (batch, activations)})
     is_chain = sig.execution == "chained"
     evaluate = make_chained_evaluation(ChainPrograms(program), sig) if is_chain else make_evaluation(program, sig)
-    peak = _counted(evaluate, (state.params, frozen, batch, activations), labels, capability, is_chain=is_chain)
+    peak = _counted(evaluate, (state.params, frozen, batch, activations), labels, target, is_chain=is_chain)
     return _by_tier(peak, config, jax.tree.leaves(state.params))
 
 
@@ -106,20 +106,27 @@ def _counted(
     function: Callable[..., Any],
     operands: tuple[Any, ...],
     labels: list[str],
-    capability: Capability,
+    target: Target,
     *,
     is_chain: bool = False,
     donated: int = 0,
 ) -> Peak:
     """The memory of a function of arrays, compiled as one program unless it is a chain of them."""
-    with planned_for(capability):
+    with planned_for(target):
         closed = jax.make_jaxpr(function)(*operands)
-    workspace = 0 if capability == NO_GPU else MATMUL_WORKSPACE
-    return peak_memory(closed, labels, donated=donated, is_chain=is_chain, workspace=workspace)
+    workspace = 0 if target == NO_GPU else MATMUL_WORKSPACE
+    return peak_memory(
+        closed,
+        labels,
+        flops_per_byte=target.flops_per_byte,
+        donated=donated,
+        is_chain=is_chain,
+        workspace=workspace,
+    )
 
 
 @functools.lru_cache(maxsize=512)
-def passing_bytes(config: RunConfig, task: Task, blocks: int, capability: Capability) -> budget.DeviceBytes:
+def passing_bytes(config: RunConfig, task: Task, blocks: int, target: Target) -> budget.DeviceBytes:
     """Of a batch that passes through a frozen stack of `blocks` blocks, which is there as stored and decoded.
 
     Args:
@@ -138,7 +145,7 @@ def passing_bytes(config: RunConfig, task: Task, blocks: int, capability: Capabi
         return program.apply_trunk_stack(stack, x, program.context(task, program.corrupt(task, batch), timing))
 
     labels = _labels({"frozen_stacks": stack}) + _labels({"rows": (timing, x, batch)})
-    own = _by_tier(_counted(forward, (stack, timing, x, batch), labels, capability), config, [])
+    own = _by_tier(_counted(forward, (stack, timing, x, batch), labels, target), config, [])
     return own if stack == stored else dataclasses.replace(own, gathered=own.gathered + _bytes(stored))
 
 

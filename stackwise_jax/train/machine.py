@@ -7,14 +7,21 @@ from pathlib import Path
 
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.memory import placement
-from stackwise_jax.ops.target import Capability, cuda_capability
+from stackwise_jax.ops.target import HOPPER, Target, cuda_capability
 from stackwise_jax.train.metrics import PEAK_FLOPS, peak_flops
 
-# Memory in GB and compute capability of cards, by the names of `metrics.PEAK_FLOPS` (vendors' data sheets).
-CARDS: dict[str, tuple[int, Capability]] = {
-    "H200": (141, (9, 0)), "H100": (80, (9, 0)), "A100": (80, (8, 0)), "L4": (24, (8, 9)), "4090": (24, (8, 9)),
-    "3090": (24, (8, 6)), "V100": (32, (7, 0)), "T4": (16, (7, 5)),
-}  # fmt: skip
+# Memory in GB, and compute capability with float32 TFLOP/s over TB/s of memory, of cards by the names of
+# `metrics.PEAK_FLOPS` (vendors' data sheets).
+CARDS: dict[str, tuple[int, Target]] = {
+    "H200": (141, Target((9, 0), 67.0 / 4.8)),
+    "H100": (80, Target((9, 0), 67.0 / 3.35)),
+    "A100": (80, Target((8, 0), 19.5 / 2.04)),
+    "L4": (24, Target((8, 9), 30.3 / 0.3)),
+    "4090": (24, Target((8, 9), 82.6 / 1.01)),
+    "3090": (24, Target((8, 6), 35.6 / 0.94)),
+    "V100": (32, Target((7, 0), 15.7 / 0.9)),
+    "T4": (16, Target((7, 5), 8.1 / 0.32)),
+}
 MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _DEFAULT_FRACTION = 0.75  # of a card's memory, which JAX takes
 ASSUMED_SHARE = 0.5  # of the peak FLOP/s, where nobody says better
@@ -30,7 +37,7 @@ class Machine:
       host, disk: bytes that are free.
       flops: FLOP/s that one device is expected to reach.
       speed: where `flops` is from, for people.
-      capability: compute capability of the card.
+      target: the kind of card, for the programs that are planned for it.
     """
 
     name: str
@@ -39,7 +46,7 @@ class Machine:
     disk: int | None
     flops: float | None
     speed: str
-    capability: Capability
+    target: Target
 
 
 def machine(
@@ -85,5 +92,15 @@ def machine(
         disk=shutil.disk_usage(existing).free if disk_gib is None else int(disk_gib * 2**30),
         flops=None if top is None else own_share * top,
         speed=speed,
-        capability=CARDS[card][1] if card is not None else cuda_capability() or (9, 0),
+        target=target_at_hand() if card is None else CARDS[card][1],
     )
+
+
+def target_at_hand() -> Target:
+    """The kind of the device at hand; a Hopper GPU where that is no NVIDIA GPU."""
+    capability = cuda_capability()
+    if capability is None:
+        return HOPPER
+    kind = placement.device_name().lower()
+    known = next((target for name, (_, target) in CARDS.items() if name.lower() in kind), HOPPER)
+    return Target(capability, known.flops_per_byte)

@@ -14,7 +14,7 @@ from stackwise_jax.memory import budget
 from stackwise_jax.memory.budget import DeviceBytes
 from stackwise_jax.memory.tiers import CHUNKS_IN_FLIGHT, CHUNKS_READ
 from stackwise_jax.models import weights
-from stackwise_jax.ops.target import Capability
+from stackwise_jax.ops.target import Target
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import footprint
 from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature, stack_sizes
@@ -47,20 +47,20 @@ def phase_moments(
     signatures: tuple[Signature, ...],
     carried: Iterable[Name],
     cache: CacheBytes,
-    capability: Capability,
+    target: Target,
 ) -> dict[str, DeviceBytes]:
     """The memory of a phase on each device, moment by moment.
 
     Args:
       signatures: of its branches.
       carried: names of the parts that the phase before leaves live.
-      capability: compute capability of the NVIDIA GPU that it is planned for.
+      target: the kind of device that it is planned for.
     """
     own = _Phase(config, phase, signatures)
     moments = {"beginning": own.beginning(set(carried))}
     if phase.cached:
-        moments["caching"] = own.caching(capability) + cache.beside(CHUNKS_IN_FLIGHT)
-    moments |= {"training": own.training(capability), "evaluating": own.evaluating(capability)}
+        moments["caching"] = own.caching(target) + cache.beside(CHUNKS_IN_FLIGHT)
+    moments |= {"training": own.training(target), "evaluating": own.evaluating(target)}
     moments["settling"] = own.settling()
     reading = cache.beside(CHUNKS_READ) if phase.cached else DeviceBytes()
     return {
@@ -91,30 +91,30 @@ class _Phase:
             there, most = there + done, max(most, there + drawing, there + done, key=_total)
         return most
 
-    def caching(self, capability: Capability) -> DeviceBytes:
+    def caching(self, target: Target) -> DeviceBytes:
         """While rows pass through the embedding or a frozen stack, beside a live part that waits."""
         branch = next(branch for branch in self.phase.branches if branch.cached)
         needs = [DeviceBytes(head=self._embedding_bytes(), activations=budget.hidden_bytes(self.config))]
         if branch.trunk:
             blocks = stack_sizes(self.config)[branch.trunk[-1]]
-            needs.append(footprint.passing_bytes(self._own, branch.task, blocks, capability))
+            needs.append(footprint.passing_bytes(self._own, branch.task, blocks, target))
         return max(needs, key=_total) + self._state(self.phase)
 
-    def training(self, capability: Capability) -> DeviceBytes:
+    def training(self, target: Target) -> DeviceBytes:
         """During an update of the branch that needs most."""
         needs = []
         for branch, sig in self._branches():
             resting = self._state(self.phase, besides=branch) + self._settled(branch)
-            needs.append(footprint.training_bytes(self._own, sig, capability) + resting)
+            needs.append(footprint.training_bytes(self._own, sig, target) + resting)
         return max(needs, key=_total)
 
-    def evaluating(self, capability: Capability) -> DeviceBytes:
+    def evaluating(self, target: Target) -> DeviceBytes:
         """During a held-out batch, which is no micro-batch."""
         needs = []
         for branch, sig in self._branches():
             resting = self._state(self.phase, besides=branch) + self._settled(branch)
             optimizer = DeviceBytes(optimizer=self._state(branch).optimizer)
-            needs.append(footprint.evaluation_bytes(self._own, sig, capability) + resting + optimizer)
+            needs.append(footprint.evaluation_bytes(self._own, sig, target) + resting + optimizer)
         return max(needs, key=_total)
 
     def settling(self) -> DeviceBytes:

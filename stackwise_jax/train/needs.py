@@ -11,7 +11,7 @@ from stackwise_jax.memory import budget
 from stackwise_jax.memory.tiers import TIERS
 from stackwise_jax.models import weights
 from stackwise_jax.objectives.objective import Task
-from stackwise_jax.ops.target import Capability
+from stackwise_jax.ops.target import Target
 from stackwise_jax.train.machine import Machine
 from stackwise_jax.train.phases import Role
 from stackwise_jax.train.plan import Plan, make_plan, phase_device_bytes, phase_state_bytes, rack_bytes, shelf_bytes
@@ -39,13 +39,13 @@ class Needs:
         return self.device.total if place == "device" else sum(getattr(self, place).values())
 
 
-def needs_of(plan: Plan, capability: Capability, phase: int | None = None) -> Needs:
+def needs_of(plan: Plan, target: Target, phase: int | None = None) -> Needs:
     """What a run needs; `phase` is the one that needs most of the device, where that is known.
 
     The tier "auto" counts as the device.
     """
     numbers = heaviest_phases(plan) if phase is None else [phase]
-    device = {number: phase_device_bytes(plan, number, capability) for number in numbers}
+    device = {number: phase_device_bytes(plan, number, target) for number in numbers}
     most = max(device, key=lambda number: (device[number].total, number))
     return Needs(device[most], most, host_bytes(plan), disk_bytes(plan))
 
@@ -170,7 +170,7 @@ def settings_that_fit(plan: Plan, needs: Needs, machine: Machine) -> Iterator[Tr
             changed = _changed(plan, name, value)
             if changed is None:
                 continue
-            found = needs_of(changed, machine.capability, needs.phase)
+            found = needs_of(changed, machine.target, needs.phase)
             worse = set(shortages(found, machine)) - set(shortages(needs, machine))
             if found.total(place) < needs.total(place) and not worse:
                 plan, needs = changed, found
@@ -183,7 +183,7 @@ def with_tier(plan: Plan, machine: Machine) -> Plan:
         return plan
     for tier in TIERS:
         changed = _changed(plan, "cache.tier", tier)
-        if changed is not None and tier not in shortages(needs_of(changed, machine.capability), machine):
+        if changed is not None and tier not in shortages(needs_of(changed, machine.target), machine):
             return changed
     return plan
 

@@ -9,9 +9,10 @@ from stackwise_jax.models import weights
 from stackwise_jax.models.adapters import adapter_parameters
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
-from stackwise_jax.ops.target import Capability, cuda_capability
+from stackwise_jax.ops.target import Target
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.machine import target_at_hand
 from stackwise_jax.train.moments import CacheBytes, phase_moments
 from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature, signature, stack_sizes
 from stackwise_jax.train.state import carried_names
@@ -181,20 +182,20 @@ def phase_parameters(config: RunConfig, phase: Phase, sig: Signature, count: Cou
     return live, in_stacks
 
 
-def phase_device_bytes(plan: Plan, index: int, capability: Capability | None = None) -> budget.DeviceBytes:
+def phase_device_bytes(plan: Plan, index: int, target: Target | None = None) -> budget.DeviceBytes:
     """The most memory that a phase takes of each device, at whichever of its moments that is."""
-    return max(device_moments(plan, index, capability).values(), key=lambda need: need.total)
+    return max(device_moments(plan, index, target).values(), key=lambda need: need.total)
 
 
-def device_moments(plan: Plan, index: int, capability: Capability | None = None) -> dict[str, budget.DeviceBytes]:
+def device_moments(plan: Plan, index: int, target: Target | None = None) -> dict[str, budget.DeviceBytes]:
     """The memory that a phase takes of each device: beginning, caching, training, evaluating, settling.
 
     Args:
-      capability: compute capability of the NVIDIA GPU that is planned for; None: of the one at hand, else 9.0.
+      target: the kind of device that is planned for; None: as `target_at_hand`.
     """
     config, phases = plan.config, plan.phases
     carried = carried_names(phases, index)
-    planned = capability or cuda_capability() or (9, 0)
+    planned = target or target_at_hand()
     return phase_moments(config, phases[index], plan.signatures[index], carried, _cache_on_device(plan), planned)
 
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from stackwise_jax.config import resolve
-from stackwise_jax.memory import fusion, liveness
+from stackwise_jax.memory import liveness
 from stackwise_jax.memory.liveness import packed_bytes, peak_memory
 from stackwise_jax.models import families
 from stackwise_jax.models.block import Context
 from stackwise_jax.models.stack import apply_stack, init_stack
 from stackwise_jax.ops.mask import Mask
-from stackwise_jax.ops.target import planned_for
+from stackwise_jax.ops.target import HOPPER, planned_for
 
 ROWS, WIDTH, HIDDEN = 512, 256, 1024
 X, UP, DOWN = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((ROWS, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
@@ -26,9 +26,9 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "_MARGIN", 1.0)
 
 
-def temporary(function: Callable[..., Any], *shapes: Any, donated: int = 0) -> int:
+def temporary(function: Callable[..., Any], *shapes: Any, donated: int = 0, balance: float = 20.0) -> int:
     closed = jax.make_jaxpr(function)(*shapes)
-    return peak_memory(closed, ["a"] * len(shapes), donated=donated, workspace=0).temporary
+    return peak_memory(closed, ["a"] * len(shapes), flops_per_byte=balance, donated=donated, workspace=0).temporary
 
 
 def test_what_stands_between_matmuls_is_stored_once() -> None:
@@ -49,15 +49,25 @@ def test_a_conversion_is_computed_where_it_is_read() -> None:
     assert temporary(run, X) == 2 * ROWS * WIDTH + 4 * ROWS
 
 
-def test_a_sum_that_is_read_again_and_again_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(x: Any, y: Any) -> Any:
-        both = x + y
-        return (both - both.mean(axis=1, keepdims=True)).astype(x.dtype)
+def test_what_costs_more_to_compute_again_than_to_read_is_stored() -> None:
+    def run(x: Any) -> Any:
+        value = jnp.exp(x.astype(jnp.float32))
+        return (value - value.mean(axis=1, keepdims=True)).astype(x.dtype)
+
+    result, means, value = 2 * ROWS * WIDTH, 4 * ROWS, 4 * ROWS * WIDTH
+    # 3 * 4 - 2 bytes a number are saved where it is computed twice.
+    assert temporary(run, X, balance=9.0) == value + result + means
+    assert temporary(run, X, balance=12.0) == result + means  # on a device whose memory is slower, beside
+
+
+def test_a_sum_that_many_read_is_stored() -> None:
+    def run(*terms: Any) -> Any:
+        whole = sum(terms[1:], start=terms[0])
+        return (whole - whole.mean(axis=1, keepdims=True)).astype(terms[0].dtype)
 
     result, means = 2 * ROWS * WIDTH, 4 * ROWS
-    assert temporary(run, X, X) == 2 * result + means
-    monkeypatch.setattr(fusion, "_WORTH_STORING", 10.0)
-    assert temporary(run, X, X) == result + means  # the twin: computed twice, from both
+    assert temporary(run, X, X, X, X) == 2 * result + means  # twice four arrays are more than it three times
+    assert temporary(run, X, X) == result + means
 
 
 def test_results_lie_in_arguments_that_were_given_up() -> None:
@@ -111,11 +121,11 @@ def step_memory(blocks: int, remat: str) -> tuple[int, int]:
         out = apply_stack(params, x, context, MODEL, dtype=jnp.bfloat16, remat=remat, unroll=blocks)
         return out.astype(jnp.float32).sum()
 
-    with planned_for((9, 0)):
+    with planned_for(HOPPER):
         closed = jax.make_jaxpr(jax.grad(loss))(params, x, positions)
         pull = jax.eval_shape(lambda *a: jax.vjp(loss, *a)[1], params, x, positions)
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
-    count = peak_memory(closed, ["a"] * len(closed.jaxpr.invars), workspace=0).temporary
+    count = peak_memory(closed, ["a"] * len(closed.jaxpr.invars), flops_per_byte=20.0, workspace=0).temporary
     return count, kept
 
 

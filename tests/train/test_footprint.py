@@ -12,13 +12,15 @@ import pytest
 from stackwise_jax.config import resolve
 from stackwise_jax.memory import fusion
 from stackwise_jax.models import families
+from stackwise_jax.ops.target import Target
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train import footprint
 from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.machine import CARDS
 from stackwise_jax.train.phases import signature
 from stackwise_jax.train.plan import device_moments, make_plan
 
-HOPPER = (9, 0)
+H200 = CARDS["H200"][1]
 LARGE = {
     "model": families.llama("70b"),
     "data": {"seq_len": 4096, "isolate_documents": False, "max_rows": 64},
@@ -53,16 +55,23 @@ COUNTED: dict[str, tuple[RunConfig, int, float]] = {
 }
 
 
-def step_gib(config: RunConfig, index: int) -> float:
+def step_gib(config: RunConfig, index: int, target: Target = H200) -> float:
     phases = make_curriculum(config)
     sig = signature(phases[index], phases[index].main, phases, config)
-    return footprint.training_bytes(footprint.comparable(config), sig, HOPPER).total / 2**30
+    return footprint.training_bytes(footprint.comparable(config), sig, target).total / 2**30
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_a_step_takes_what_the_compiler_counts(name: str) -> None:
     config, index, counted = COUNTED[name]
     assert -0.03 < step_gib(config, index) / counted - 1.0 < 0.1
+
+
+@pytest.mark.parametrize(("card", "counted"), [("H100", 17.692), ("H200", 19.442)])
+def test_what_is_computed_twice_depends_on_the_card(card: str, counted: float) -> None:
+    """The same step of a 70B block with fp8 matmuls; jax 0.11.2 and 0.12.0."""
+    training = LARGE_TRAINING | {"progressive": {"new_stack_precision": "fp8"}}
+    assert -0.03 < step_gib(config_of(LARGE, training), 1, CARDS[card][1]) / counted - 1.0 < 0.1
 
 
 def test_a_step_without_fusion_would_take_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,18 +96,18 @@ def test_equal_programs_are_counted_once() -> None:
 
 def test_a_phase_is_counted_at_all_its_moments() -> None:
     plan = make_plan(config_of(LARGE, LARGE_TRAINING), None)
-    moments = device_moments(plan, 2, HOPPER)
+    moments = device_moments(plan, 2, H200)
     assert list(moments) == ["beginning", "caching", "training", "evaluating", "settling"]
     state = 12 * 855_654_400
     assert all(need.weights + need.optimizer == pytest.approx(state, rel=1e-6) for need in moments.values())
     decoded, stored = 2 * 855_654_400, moments["settling"].frozen
     assert moments["caching"].frozen + moments["caching"].gathered >= decoded + stored
-    assert "caching" not in device_moments(plan, 0, HOPPER)
+    assert "caching" not in device_moments(plan, 0, H200)
 
 
 def test_drawing_in_float32_is_the_most_of_a_narrow_phase() -> None:
     plan = make_plan(config_of(LARGE, LARGE_TRAINING | {"batch_size": 1}, **NARROW), None)
-    beginning = device_moments(plan, 1, HOPPER)["beginning"]
+    beginning = device_moments(plan, 1, H200)["beginning"]
     assert beginning.weights == 4 * 855_654_400
     assert beginning.gathered == pytest.approx(2 * 855_654_400, rel=1e-3)
 

@@ -9,13 +9,13 @@ import pytest
 from stackwise_jax.config import resolve
 from stackwise_jax.errors import UserError
 from stackwise_jax.memory import budget
+from stackwise_jax.ops.target import HOPPER
 from stackwise_jax.train.describe import describe
 from stackwise_jax.train.machine import CARDS, Machine, machine
 from stackwise_jax.train.metrics import PEAK_FLOPS
 from stackwise_jax.train.needs import REMEDIES, heaviest_phases, needs_of, settings_that_fit, shortages, with_tier
 from stackwise_jax.train.plan import Plan, make_plan, phase_device_bytes, phase_state_bytes, rack_bytes
 
-HOPPER = (9, 0)
 GIB = 2**30
 ROOMY = Machine("a card", 64 * GIB, 64 * GIB, 64 * GIB, 1e14, "as said", HOPPER)
 
@@ -118,10 +118,10 @@ def test_time_follows_the_speed_that_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     found = machine(tmp_path / "no" / "run", card="H200", host_gib=1.0, share=0.25)
     assert (found.device, found.host, found.flops) == (int(0.5 * 141e9), GIB, 0.25 * PEAK_FLOPS["H200"])
-    assert found.capability == HOPPER
+    assert found.target == CARDS["H200"][1]
     assert found.disk is not None
     own = machine(tmp_path, device_gib=10.0, peak=1e12)
-    assert (own.device, own.flops, own.capability) == (5 * GIB, 0.5e12, HOPPER)
+    assert (own.device, own.flops, own.target) == (5 * GIB, 0.5e12, HOPPER)
     assert "assumed" in own.speed
     with pytest.raises(UserError, match=r'--card=H20 must be one of: .*Did you mean "H200"'):
         machine(tmp_path, card="H20")
