@@ -15,7 +15,7 @@ class Target:
 
     Attributes:
       capability: compute capability of an NVIDIA GPU, which decides what serves attention; (0, 0): it is none.
-      flops_per_byte: float32 FLOPs that it computes while its memory moves a byte, which decides what is computed twice.
+      flops_per_byte: float32 FLOPs that it computes while its memory moves a byte; decides what is computed twice.
     """
 
     capability: tuple[int, int]
