@@ -1,10 +1,10 @@
 """The device that programs are for: the one at hand or, while a plan is made, one that need not be there."""
 
 import contextlib
-import contextvars
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -25,33 +25,31 @@ class Target:
 NO_GPU = Target((0, 0), 20.0)
 HOPPER = Target((9, 0), 20.0)
 
-_planned: contextvars.ContextVar[Target | None] = contextvars.ContextVar("planned", default=None)
+# JAX keeps what it traced by the value of this, so that nothing that was traced for a plan is ever run.
+_planned: Any = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
 def planned_for(target: Target) -> Iterator[None]:
     """What is traced inside is the program of a device of this kind, for its shapes: it must not run."""
-    token = _planned.set(target)
-    try:
+    with _planned(target):
         yield
-    finally:
-        _planned.reset(token)
 
 
 def is_planned() -> bool:
     """Programs are traced for a plan and never run."""
-    return _planned.get() is not None
+    return _planned.value is not None
 
 
 def is_cpu() -> bool:
     """Programs are for a CPU."""
-    planned = _planned.get()
+    planned = _planned.value
     return jax.default_backend() == "cpu" if planned is None else planned == NO_GPU
 
 
 def cuda_capability() -> tuple[int, int] | None:
     """The compute capability of the device that programs are for; None: it is no NVIDIA GPU."""
-    if (planned := _planned.get()) is not None:
+    if (planned := _planned.value) is not None:
         return planned.capability
     if jax.default_backend() != "gpu":
         return None
