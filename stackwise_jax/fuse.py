@@ -45,9 +45,10 @@ def main(options: Any) -> None:
     config = fused_config(options.source, options.live, options.budget, options.set, name=workdir.name)
     if options.plan:
         from stackwise_jax.train.describe import describe
+        from stackwise_jax.train.machine import machine
         from stackwise_jax.train.plan import make_plan
 
-        print(describe(make_plan(config, None)))
+        print(describe(make_plan(config, None), machine(workdir, peak=config.logging.peak_flops)))
         return
     from stackwise_jax.memory.placement import start_backend
     from stackwise_jax.report import train_and_report

@@ -28,6 +28,17 @@ with one_line_errors():
         raise UserError(f"--flagfile: {error}".replace("ERROR:: ", "")) from None
 flags.DEFINE_string("workdir", None, "The run folder; continued when it exists. Default: runs/NAME of the config.")
 flags.DEFINE_bool("plan", False, "Print what the run will do and cost, then stop.")
+flags.DEFINE_string(
+    "card", None, "With --plan: plan for this card (H200, H100, A100, L4, 4090 ..), not the device at hand."
+)
+flags.DEFINE_float("device_gib", None, "With --plan: memory of a card of another size.", lower_bound=0.1)
+flags.DEFINE_float(
+    "host_gib", None, "With --plan: host memory that the run may take, not what is free here.", lower_bound=0.1
+)
+flags.DEFINE_float("disk_gib", None, "With --plan: disk that the run may take, not what is free here.", lower_bound=0.1)
+flags.DEFINE_float(
+    "mfu", None, "With --plan: share of the peak FLOP/s that a run reaches. Default: 0.5, a guess.", lower_bound=0.001
+)
 flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON, then stop.")
 
 
@@ -37,16 +48,29 @@ def main(config: RunConfig) -> None:
         print(config_lib.to_json(config))
         return
     if FLAGS.plan:
-        from stackwise_jax.train.describe import describe
-        from stackwise_jax.train.plan import make_plan
-
-        print(describe(make_plan(config, None)))
+        print_plan(config)
         return
     from stackwise_jax.memory.placement import start_backend
     from stackwise_jax.report import train_and_report
 
     start_backend()
-    train_and_report(config, Path(FLAGS.workdir or Path("runs") / config.name).expanduser())
+    train_and_report(config, run_folder(config))
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where the run of the command line lies."""
+    return Path(FLAGS.workdir or Path("runs") / config.name).expanduser()
+
+
+def print_plan(config: RunConfig) -> None:
+    """Prints what a run does and costs, for the machine at hand or the one that flags describe."""
+    from stackwise_jax.train.describe import describe
+    from stackwise_jax.train.machine import machine
+    from stackwise_jax.train.plan import make_plan
+
+    sizes = {name: FLAGS[name].value for name in ("card", "device_gib", "host_gib", "disk_gib")}
+    target = machine(run_folder(config), **sizes, share=FLAGS.mfu, peak=config.logging.peak_flops)
+    print(describe(make_plan(config, None), target))
 
 
 def run_program(program: Callable[[RunConfig], None], argv: list[str] | None = None) -> None:

@@ -4,16 +4,16 @@ Names: step (the train step, its share of the peak, and PyTorch beside it), bloc
 beside PyTorch's), run70b (a large rack trained, saved and read),
 qlora (adapters trained through a whole frozen rack), decode (a finished rack read, token after token), depth (what a
 layer-wise step costs at depth k against depth 2), cache (what each tier of the activation cache adds to a step),
-compare (ways of training one model at equal FLOPs).
+memory (the plan's device memory against the allocator's), compare (ways of training one model at equal FLOPs).
 """
 
 import sys
 
-from stackwise_jax.bench import block, cache, compare, decode, depth, qlora, run70b, step
+from stackwise_jax.bench import block, cache, compare, decode, depth, memory, qlora, run70b, step
 from stackwise_jax.command import run_command
 from stackwise_jax.errors import UserError, did_you_mean, one_line_errors
 
-_MODULES = (step, block, run70b, qlora, decode, depth, cache, compare)
+_MODULES = (step, block, run70b, qlora, decode, depth, cache, memory, compare)
 BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
 

@@ -125,6 +125,7 @@ def step_flops_per_token(
     table_is_live: bool,
     adapter_parameters: int = 0,
     attention: str | None = None,
+    loss_fraction: float = 1.0,
 ) -> float:
     """FLOPs a token of one update.
 
@@ -135,11 +136,12 @@ def step_flops_per_token(
       table_is_live: the output table takes a gradient.
       adapter_parameters: of low-rank parts, trained.
       attention: as in `block_forward_flops`.
+      loss_fraction: of the places, whose loss is computed.
     """
     block = block_forward_flops(model, seq_len, attention)
     blocks = (3 * live_blocks + 2 * passed_blocks + trunk_blocks) * block + 6.0 * adapter_parameters
     blocks -= live_blocks * _fixed_flops(model) * (2 if attention == "block_diffusion" else 1)
-    head = head_forward_flops(model) * (2 if attention == "block_diffusion" else 1)
+    head = loss_fraction * head_forward_flops(model) * (2 if attention == "block_diffusion" else 1)
     return blocks + (3 if table_is_live else 2) * head
 
 
@@ -148,17 +150,31 @@ def cache_bytes(config: RunConfig, n_rows: int, variants: int) -> int:
     return n_rows * variants * config.data.seq_len * token_bytes(config.precision.cache, config.model.d_model)
 
 
+def hidden_bytes(config: RunConfig) -> int:
+    """Bytes of what blocks pass on, of a device's part of a batch."""
+    rows = config.training.batch_size // config.mesh.n_devices
+    return rows * config.data.seq_len * config.model.d_model * item_bytes(config.precision.compute)
+
+
+def gathered_bytes(config: RunConfig) -> int:
+    """Of divided weights, what is whole at once: a block, the next one, and the output table."""
+    whole = 2 * block_parameters(config.model) + config.model.vocab_size * config.model.d_model
+    return whole * item_bytes(config.precision.compute)
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceBytes:
-    """Device memory of a phase, by what fills it."""
+    """Device memory at one moment, by what fills it."""
 
-    weights: int  # live
-    optimizer: int
-    gradients: int
-    frozen: int
-    gathered: int  # of weights that are divided among devices or quantised: what is whole at once
-    activations: int
-    cache: int
+    weights: int = 0  # live
+    optimizer: int = 0
+    gradients: int = 0
+    frozen: int = 0  # stacks that are run through
+    head: int = 0  # a frozen head and embedding, and logits with their gradient
+    gathered: int = 0  # weights once more as they are multiplied: cast, decoded, or brought together
+    activations: int = 0
+    workspace: int = 0  # of kernels, gaps in the buffer of temporary values, and what the count may miss
+    cache: int = 0
 
     @property
     def total(self) -> int:
@@ -167,6 +183,10 @@ class DeviceBytes:
     @property
     def besides_cache(self) -> int:
         return self.total - self.cache
+
+    def __add__(self, other: "DeviceBytes") -> "DeviceBytes":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return DeviceBytes(*(one + two for one, two in pairs))
 
 
 def optimizer_bytes(config: RunConfig, *, live: int, live_in_stacks: int) -> int:
@@ -185,41 +205,6 @@ def weight_and_gradient_bytes(config: RunConfig, *, live: int, live_in_stacks: i
     """Bytes of live weights, and of their gradients, which have the dtype of the weight unless they are accumulated."""
     weights_bytes = 4 * live + (item_bytes(config.precision.weights) - 4) * live_in_stacks
     return weights_bytes, weights_bytes if config.training.accumulation_steps == 1 else 4 * live
-
-
-def activation_bytes(config: RunConfig, live_blocks: int) -> int:
-    """What the backward pass keeps of a device's part of a micro-batch, and a chunk of float32 logits with gradient."""
-    model = config.model
-    rows = config.training.batch_size // config.training.accumulation_steps // config.mesh.n_devices
-    tokens = rows * config.data.seq_len
-    item = item_bytes(config.precision.compute)
-    heads = _kept_by_attention(model)
-    ffn, dots = (4, 3) if model.is_gated else (2, 1)
-    own, hidden, routed = model.experts, model.d_ff, 0
-    if model.has_experts:  # rows by expert and what comes of them; nothing of it is a plain matmul that "dots" keeps
-        width = own.d_ff or model.d_ff
-        hidden, routed = own.shared * width, own.active * (2 * model.d_model + ffn * width)
-    inside = {
-        "none": 6 * model.d_model + heads + ffn * hidden + routed,
-        "dots": 3 * model.d_model + heads + dots * hidden,
-        "full": model.d_model,
-    }[config.training.remat]
-    logits = 8 * min(tokens, config.training.loss_chunk_tokens) * model.vocab_size
-    return tokens * item * (inside * live_blocks + 2 * model.d_model) + logits
-
-
-def _kept_by_attention(model: ModelConfig) -> int:
-    """Numbers a place that attention keeps: latents, queries, keys and values, and features of kernels."""
-    n_heads, kv_heads = model.n_heads, typing.cast(int, model.n_kv_heads)
-    both = n_heads + kv_heads
-    kept = both * weights.key_width(model) + kv_heads * weights.value_width(model)
-    if model.has_latents:
-        maps = weights.block_table(model)["attention"]
-        names = ("query_latent", "latent", "rotary_key", "key_latent", "value_latent")
-        kept += sum(maps[name]["kernel"].shape[1] for name in names if name in maps)
-    if model.has_kernel and model.kernel.family != "linear":
-        kept += both * weights.product_width(model)
-    return kept + (both * model.kernel.positive_features if model.is_linear_time else 0)
 
 
 def readable_bytes(count: int | float) -> str:

@@ -273,6 +273,17 @@ def device_room() -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
 
 
+def device_limit() -> int | None:
+    """Bytes of the first device of this process that JAX may take; None where it has no memory of its own (CPU)."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["bytes_limit"] if stats else None
+
+
+def device_name() -> str:
+    """What the first device of this process is called."""
+    return jax.local_devices()[0].device_kind
+
+
 def host_room() -> int | None:
     """Bytes of host memory that can still be taken; None where the system does not say."""
     return _meminfo("MemAvailable")

@@ -21,8 +21,8 @@ from stackwise_jax.memory.shards import ShardFolder
 TIERS = ("device", "host", "disk")
 
 # Chunks on the device at once: the one in use, two that are coming, two whose copies back are under way.
-_AHEAD, _WRITING = 3, 2
-CHUNKS_IN_FLIGHT = _AHEAD + _WRITING
+CHUNKS_READ, _WRITING = 3, 2
+CHUNKS_IN_FLIGHT = CHUNKS_READ + _WRITING
 
 
 @runtime_checkable
@@ -110,7 +110,7 @@ class _Ahead:
 
     def add(self, chunk: int, stored: Stored) -> None:
         self._chunks[chunk] = stored
-        while len(self._chunks) > _AHEAD:
+        while len(self._chunks) > CHUNKS_READ:
             self._chunks.popitem(last=False)
 
     def get(self, chunk: int) -> Stored:

@@ -5,8 +5,7 @@ heads. A kernel is never given a window: cuDNN's window without causality attend
 causal nor bidirectional goes to it as an array, which it reads whole: places that are not seen cost as much as others.
 """
 
-import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.ops.mask import Mask
+from stackwise_jax.ops.target import cuda_capability, is_cpu, is_planned
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn")
 Kernel = Literal["xla", "cudnn"]
@@ -55,7 +55,7 @@ def attention(
     if isinstance(mask, Mask) and q.shape[1] != k.shape[1]:
         raise ValueError(f"a Mask is for a row that attends to itself, not {q.shape[1]} queries on {k.shape[1]} keys")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # JAX's call refuses the pair
+    if q.dtype == jnp.float16 and is_cpu():  # JAX's call refuses the pair
         if implementation == "xla":
             raise UserError('model.attention_implementation="xla" has no fp16 on a CPU; use "auto" or "reference".')
         implementation = "reference" if implementation == "auto" else implementation
@@ -75,6 +75,8 @@ def attention(
     if implementation == "cudnn" and refusal:
         raise UserError(f'model.attention_implementation="cudnn" {refusal}; use "auto" or "xla".')
     kernel: Kernel = "xla" if refusal or implementation == "xla" else "cudnn"
+    if kernel == "cudnn" and is_planned():
+        return _planned_kernel(q, k, v, None if visible is None else jnp.where(visible, 0.0, -1e9).astype(q.dtype))
     # JAX's call mixes dtypes inside, which strict promotion would refuse although the result is as wanted.
     with jax.numpy_dtype_promotion("standard"):
         mixed = jax.nn.dot_product_attention(
@@ -103,7 +105,7 @@ def cudnn_refusal(
       q, k, v: the call's arrays; only shapes and dtypes are read.
       is_causal: whether causality is all there is to the mask, so that no array need be passed.
     """
-    capability = _cuda_capability()
+    capability = cuda_capability()
     if capability is None or capability < (8, 0):
         device = jax.local_devices()[0].device_kind
         return f"needs an NVIDIA GPU of compute capability 8.0 (A100) or newer, and the device is {device}"
@@ -123,13 +125,44 @@ def cudnn_refusal(
     return None
 
 
-def _cuda_capability() -> tuple[int, int] | None:
-    """Returns the compute capability of the default device, None when it is no NVIDIA GPU."""
-    if jax.default_backend() != "gpu":
-        return None
-    # AMD's devices, which are "gpu" too, give the name of an architecture here.
-    match = re.fullmatch(r"(\d+)\.(\d+)", str(jax.local_devices()[0].compute_capability))
-    return (int(match[1]), int(match[2])) if match else None
+@jax.custom_vjp
+def _planned_kernel(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    return kernel_forward(q, k, v, bias)[0]
+
+
+@jax.jit
+def kernel_forward(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
+    """Stands for cuDNN's forward kernel in a plan: what it reads, and the result and the statistics that it writes."""
+    read = _sum(q, k, v) if bias is None else _sum(q, k, v, bias)
+    B, T, N, _ = q.shape
+    mixed = jnp.zeros((B, T, N, v.shape[-1]), q.dtype) + read.astype(q.dtype)
+    return mixed, jnp.zeros((B, N, T), jnp.float32) + read
+
+
+@jax.jit
+def kernel_backward(
+    q: Array, k: Array, v: Array, bias: Array | None, mixed: Array, statistics: Array, gradient: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Stands for cuDNN's backward kernel in a plan: three gradients, and dQ in float32, in which they are summed."""
+    read = _sum(mixed, statistics, gradient) if bias is None else _sum(mixed, statistics, gradient, bias)
+    of_q, of_k, of_v = (own * read.astype(own.dtype) for own in (q, k, v))
+    return of_q, of_k, of_v, q.astype(jnp.float32) * read
+
+
+def _sum(*arrays: Array) -> Array:
+    return jnp.stack([jnp.sum(own).astype(jnp.float32) for own in arrays]).sum()
+
+
+def _planned_forward(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
+    mixed, statistics = kernel_forward(q, k, v, bias)
+    return mixed, (q, k, v, bias, mixed, statistics)
+
+
+def _planned_backward(kept: Any, gradient: Array) -> tuple[Array | None, ...]:
+    return (*kernel_backward(*kept, gradient)[:3], None)
+
+
+_planned_kernel.defvjp(_planned_forward, _planned_backward)
 
 
 def _reference(

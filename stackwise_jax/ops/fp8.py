@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from stackwise_jax.ops.target import is_cpu
+
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 _Residuals = tuple[Array, Array, Array, Array]
@@ -107,7 +109,7 @@ def _product(
     and on a CPU, which would sum in bfloat16.
     """
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    is_narrow = dtype == jnp.bfloat16 and jax.default_backend() != "cpu"
+    is_narrow = dtype == jnp.bfloat16 and not is_cpu()
     accumulated = jnp.bfloat16 if is_narrow else jnp.float32
     product = jax.lax.dot_general(left, right, dimensions, preferred_element_type=accumulated)
     return (product.astype(jnp.float32) * scale).astype(dtype)

@@ -1,23 +1,39 @@
-"""A plan as text: the model, every phase with its paths and rules, tokens, FLOPs, memory per tier."""
+"""A plan as text: the model, every phase with its paths and rules, tokens, FLOPs, memory per tier, time, a verdict."""
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from stackwise_jax import __version__
 from stackwise_jax.memory import budget
 from stackwise_jax.memory.budget import readable_bytes, readable_count
+from stackwise_jax.memory.placement import device_limit
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
+from stackwise_jax.ops.target import Target
 from stackwise_jax.schema import ModelConfig, RunConfig
+from stackwise_jax.train.machine import Machine, target_at_hand
+from stackwise_jax.train.metrics import readable_time
+from stackwise_jax.train.needs import Needs, disk_bytes, host_bytes, needs_of, settings_that_fit, shortages, with_tier
 from stackwise_jax.train.phases import Branch, Phase, stack_sizes
-from stackwise_jax.train.plan import Plan, phase_device_bytes, phase_parameters, rack_bytes, refills, shelf_bytes
+from stackwise_jax.train.plan import Plan, device_moments, phase_parameters, refills
 
 LONGEST_RUN_SHOWN = 16
+FIRST_TOUCH = 2.4e9  # bytes a second of pinned memory when it is first used (docs/results, an H200's host)
 
 
-def describe(plan: Plan) -> str:
-    """The whole text."""
+def describe(plan: Plan, machine: Machine | None = None) -> str:
+    """The whole text.
+
+    Args:
+      machine: also says how long the run takes there, and whether it fits. None: the device at hand, whose memory is
+        counted if it has any of its own.
+    """
+    if machine is not None:
+        plan = with_tier(plan, machine)
+    target = target_at_hand() if machine is None else machine.target
+    is_counted = plan.phases and (machine is not None or device_limit() is not None)
+    needs = needs_of(plan, target) if is_counted else None
     config, model = plan.config, plan.config.model
     sizes = stack_sizes(config)
     lines = [
@@ -29,13 +45,16 @@ def describe(plan: Plan) -> str:
         f"of {config.data.seq_len} tokens; {plan.tokens_per_step} tokens a step",
         "",
         *_phase_lines(plan),
-        *_memory_lines(plan),
+        *_memory_lines(plan, needs, target),
         *_cache_lines(plan),
         "",
         f"total    {sum(p.steps for p in plan.phases)} steps, {readable_count(plan.flops)} FLOPs "
         f"({readable_count(sum(plan.pass_flops))} of them advancing the cache), {plan.compilations} distinct train "
         "step(s) to compile",
     ]
+    if machine is not None:
+        lines += _time_lines(plan, machine)
+        lines += [] if needs is None else _verdict_lines(plan, needs, machine)
     return "\n".join(lines)
 
 
@@ -88,27 +107,29 @@ def _phase_line(plan: Plan, index: int) -> str:
     )
 
 
-def _memory_lines(plan: Plan) -> list[str]:
-    """Device memory of the phase that needs most, by what fills it, then host and disk."""
-    if not plan.phases:
-        return [f"host     {readable_bytes(rack_bytes(plan.config))} of settled parts; nothing is trained"]
-    largest = max(range(len(plan.phases)), key=lambda index: phase_device_bytes(plan, index).total)
-    device = phase_device_bytes(plan, largest)
-    counts = dataclasses.asdict(device)
-    if plan.config.mesh.fsdp == 1:
-        counts["decoded"] = counts.pop("gathered")
-    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in counts.items() if count)
-    if plan.rows is None and any(phase.cached for phase in plan.phases):
-        parts += "; and the cache, known when the corpus is prepared or data.max_rows is set"
-    rack = readable_bytes(rack_bytes(plan.config))
-    shelves = shelf_bytes(plan)
-    aside = f", and up to {readable_bytes(shelves)} laid aside for phases that train it again" if shelves else ""
-    each = f"each of {plan.config.mesh.n_devices} " if plan.config.mesh.n_devices > 1 else ""
-    return [
-        f"device   {each}about {readable_bytes(device.total)} in {plan.phases[largest].name}: {parts}",
-        f"host     {rack} of frozen parts at the end{aside}, besides the program",
-        f"disk     {rack} of frozen parts at the end, and {plan.config.checkpoint.keep} snapshot(s) of the live state",
+def _memory_lines(plan: Plan, needs: Needs | None, target: Target) -> list[str]:
+    """Device memory of the phase that needs most, by what fills it and moment by moment, then host and disk."""
+    host, disk = host_bytes(plan), disk_bytes(plan)
+    lines = [
+        f"host     about {readable_bytes(sum(host.values()))}: {_parts(host)}",
+        f"disk     {readable_bytes(sum(disk.values()))} besides the corpus: {_parts(disk)}",
     ]
+    if needs is None:
+        return lines
+    fills = _parts(dataclasses.asdict(needs.device))
+    if plan.rows is None and any(phase.cached for phase in plan.phases):
+        fills += "; and the cache, known when the corpus is prepared or data.max_rows is set"
+    each = f"each of {plan.config.mesh.n_devices} " if plan.config.mesh.n_devices > 1 else ""
+    moments = device_moments(plan, needs.phase, target)
+    return [
+        f"device   {each}about {readable_bytes(needs.device.total)} in {plan.phases[needs.phase].name}: {fills}",
+        f"         {', '.join(f'{name} {readable_bytes(need.total)}' for name, need in moments.items())}",
+        *lines,
+    ]
+
+
+def _parts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {readable_bytes(count)}" for name, count in counts.items() if count)
 
 
 def _cache_lines(plan: Plan) -> list[str]:
@@ -116,10 +137,7 @@ def _cache_lines(plan: Plan) -> list[str]:
     config, layout = plan.config, plan.layout
     if layout is None or not plan.cache_bytes:
         return []
-    last = [phase for phase in plan.phases if phase.cached][-1]
-    blocks = sum(stack_sizes(config)[stack] for stack in last.main.trunk)
-    tokens = layout.rows_per_window * variants(config.objective) * config.data.seq_len
-    refill = blocks * tokens * budget.block_forward_flops(config.model, config.data.seq_len)
+    last, refill = [phase for phase in plan.phases if phase.cached][-1], _refill(plan)
     per_window = layout.chunks_per_window * variants(config.objective)
     lines = [
         f"cache    {readable_bytes(plan.cache_bytes)} in {config.precision.cache}, tier {config.cache.tier}, "
@@ -133,6 +151,66 @@ def _cache_lines(plan: Plan) -> list[str]:
             f"{sum(times)} refills in all"
         )
     return lines
+
+
+def _refill(plan: Plan) -> float:
+    """FLOPs of filling the cache anew in the last phase that has one."""
+    assert plan.layout is not None
+    config = plan.config
+    last = [phase for phase in plan.phases if phase.cached][-1]
+    blocks = sum(stack_sizes(config)[stack] for stack in last.main.trunk)
+    tokens = plan.layout.rows_per_window * variants(config.objective) * config.data.seq_len
+    return blocks * tokens * budget.block_forward_flops(config.model, config.data.seq_len)
+
+
+def _time_lines(plan: Plan, machine: Machine) -> list[str]:
+    """How long the run takes at the speed that is expected of the machine."""
+    if machine.flops is None:
+        return ["time     unknown: set logging.peak_flops, FLOP/s of one device, or name a card (--card)"]
+    speed = machine.flops * plan.config.mesh.n_devices
+    rates = [plan.tokens_per_step * speed / flops for flops in plan.step_flops]
+    span = " to ".join(dict.fromkeys(readable_count(rate) for rate in (min(rates), max(rates)))) if rates else "no"
+    lines = [
+        f"time     {readable_time(plan.flops / speed)} at {machine.speed}: {span} tokens/s in a phase; compilation, "
+        "evaluations and snapshots come besides"
+    ]
+    if plan.cache_bytes:
+        config = plan.config
+        touch = f" (the first use of pinned memory {readable_time(plan.cache_bytes / FIRST_TOUCH)} more)"
+        touch = touch if config.cache.tier == "host" else ""
+        again = "nothing" if config.cache.tier == "disk" else f"up to {readable_time(_refill(plan) / speed)}"
+        lines.append(
+            f"         of it {readable_time(sum(plan.pass_flops) / speed)} filling and advancing the cache{touch}; "
+            f"on continuing, running the frozen stacks forward again takes {again}"
+        )
+    return lines
+
+
+def _verdict_lines(plan: Plan, needs: Needs, machine: Machine) -> list[str]:
+    """Fits or not, and what would make it fit."""
+    short = shortages(needs, machine)
+    lines = [f"verdict  {'does not fit' if short else 'fits'} on {machine.name}: {_rooms(needs, machine)}"]
+    if machine.device is None:
+        lines[0] += "; it has no memory of its own, name a card with --card or --device_gib"
+    if not short:
+        return lines
+    for found in settings_that_fit(plan, needs, machine):
+        needs = found.needs
+        lines.append(f"         with {found.setting}: {_rooms(needs, machine)}")
+    short = shortages(needs, machine)
+    lines.append(
+        f"         {'that fits' if not short else 'no setting that was tried makes it fit: ' + ', '.join(short)}"
+    )
+    return lines
+
+
+def _rooms(needs: Needs, machine: Machine) -> str:
+    rooms = {"device": machine.device, "host": machine.host, "disk": machine.disk}
+    texts = []
+    for place, room in rooms.items():
+        of = "" if room is None else f" of {readable_bytes(room)}"
+        texts.append(f"{place} {readable_bytes(needs.total(place))}{of}")
+    return ", ".join(texts)
 
 
 def paths_text(phase: Phase) -> str:

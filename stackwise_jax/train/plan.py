@@ -1,20 +1,21 @@
 """The plan: what a run will do and cost, from shapes alone and before anything runs."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
-from stackwise_jax.checks.choices import QUANTISED
 from stackwise_jax.data.order import ChunkLayout, Order, chunk_layout, in_windows
 from stackwise_jax.memory import budget
-from stackwise_jax.memory.tiers import CHUNKS_IN_FLIGHT
 from stackwise_jax.models import weights
 from stackwise_jax.models.adapters import adapter_parameters
 from stackwise_jax.models.rack import count_parameters
 from stackwise_jax.objectives.objective import variants
+from stackwise_jax.ops.target import Target
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.machine import target_at_hand
+from stackwise_jax.train.moments import CacheBytes, phase_moments
 from stackwise_jax.train.phases import Branch, Name, Phase, Role, Signature, signature, stack_sizes
+from stackwise_jax.train.state import carried_names
 
 Count = Callable[[weights.Table], int]
 
@@ -181,37 +182,32 @@ def phase_parameters(config: RunConfig, phase: Phase, sig: Signature, count: Cou
     return live, in_stacks
 
 
-def phase_device_bytes(plan: Plan, index: int) -> budget.DeviceBytes:
-    """Estimates the memory of a phase on each device.
+def phase_device_bytes(plan: Plan, index: int, target: Target | None = None) -> budget.DeviceBytes:
+    """The most memory that a phase takes of each device, at whichever of its moments that is."""
+    return max(device_moments(plan, index, target).values(), key=lambda need: need.total)
 
-    Frozen parts rest on the host; on the device are those that the phase runs through: a recomputed trunk, or the one
-    stack that the cache advances through, the frozen body, a frozen head, and the embedding where something reads it.
+
+def device_moments(plan: Plan, index: int, target: Target | None = None) -> dict[str, budget.DeviceBytes]:
+    """The memory that a phase takes of each device: beginning, caching, training, evaluating, settling.
+
+    Args:
+      target: the kind of device that is planned for; None: as `target_at_hand`.
     """
-    config, phase, sig = plan.config, plan.phases[index], plan.signatures[index][0]
-    branch, model, sizes = phase.main, config.model, stack_sizes(config)
-    count = functools.partial(budget.parameters_per_device, fsdp=config.mesh.fsdp)
-    live, in_stacks = phase_parameters(config, phase, sig, count)
-    trunk = branch.trunk[-1:] if branch.cached else branch.trunk
-    stacks = [*trunk, *(stack for stack, role in branch.body if role is not Role.LIVE)]
-    stacks = [stack for stack in stacks if stack not in phase.live_stacks]
-    blocks = sum(sizes[stack] for stack in stacks)
-    frozen = blocks * budget.stored_block_bytes(config, config.mesh.fsdp)
-    if branch.head is Role.FROZEN:
-        frozen += 4 * count(weights.head_table(model, tied=not sig.head_has_table))
-    if branch.embedding is Role.FROZEN and not (branch.cached and sig.head_has_table):
-        frozen += 4 * count(weights.embedding_table(model))
-    live_bytes, gradient_bytes = budget.weight_and_gradient_bytes(config, live=live, live_in_stacks=in_stacks)
-    fixed = sum(sizes[stack] for stack in phase.live_stacks) * budget.fixed_parameters(model, config.mesh.fsdp)
-    deepest = max(sum(blocks for blocks, _ in own.body) for own in plan.signatures[index])
-    return budget.DeviceBytes(
-        weights=live_bytes,
-        optimizer=budget.optimizer_bytes(config, live=live - fixed, live_in_stacks=in_stacks - fixed),
-        gradients=gradient_bytes,
-        frozen=frozen,
-        gathered=_gathered_bytes(config) if config.mesh.fsdp > 1 else _decoded_bytes(config) if stacks else 0,
-        activations=budget.activation_bytes(config, deepest),
-        cache=_cache_bytes_on_device(plan) if phase.cached else 0,
-    )
+    config, phases = plan.config, plan.phases
+    carried = carried_names(phases, index)
+    planned = target or target_at_hand()
+    return phase_moments(config, phases[index], plan.signatures[index], carried, _cache_on_device(plan), planned)
+
+
+def phase_state_bytes(plan: Plan, index: int) -> int:
+    """Bytes of weights and optimiser state that a phase trains: what a snapshot inside it holds."""
+    config, sig = plan.config, plan.signatures[index][0]
+    live, in_stacks = phase_parameters(config, plan.phases[index], sig)
+    sizes, live_stacks = stack_sizes(config), plan.phases[index].live_stacks
+    fixed = sum(sizes[stack] for stack in live_stacks) * budget.fixed_parameters(config.model)
+    weights_bytes, _ = budget.weight_and_gradient_bytes(config, live=live, live_in_stacks=in_stacks)
+    moments = budget.optimizer_bytes(config, live=live - fixed, live_in_stacks=in_stacks - fixed)
+    return weights_bytes + moments
 
 
 def shelf_bytes(plan: Plan) -> int:
@@ -237,25 +233,17 @@ def _part_parameters(config: RunConfig, name: Name, sig: Signature) -> tuple[int
     return weights.count(weights.head_table(config.model, tied=not sig.head_has_table)), 0
 
 
-def _gathered_bytes(config: RunConfig) -> int:
-    """A block and the next one, and the output table, which are whole while they are used."""
-    whole = 2 * budget.block_parameters(config.model) + config.model.vocab_size * config.model.d_model
-    return whole * budget.item_bytes(config.precision.compute)
-
-
-def _decoded_bytes(config: RunConfig) -> int:
-    """A quantised block, decoded for its matmuls; 0 where the trunk is not quantised."""
-    if config.precision.trunk not in QUANTISED:
-        return 0
-    return budget.block_parameters(config.model) * budget.item_bytes(config.precision.compute)
-
-
-def _cache_bytes_on_device(plan: Plan) -> int:
-    """A device's share of the whole cache, or in other tiers of the chunks on their way."""
-    config, count = plan.config.cache, plan.cache_bytes
-    if config.tier not in ("auto", "device"):
-        count = min(count, CHUNKS_IN_FLIGHT * config.chunk_bytes)
-    return count // plan.config.mesh.n_devices
+def _cache_on_device(plan: Plan) -> CacheBytes:
+    """The whole cache, or in other tiers the chunks on their way; `auto` counts as the device, where it begins."""
+    if not plan.cache_bytes or plan.layout is None:
+        return CacheBytes()
+    config = plan.config
+    batches = max(1, config.evaluation.rows // config.training.batch_size)
+    held_out = budget.cache_bytes(config, batches * config.training.batch_size, 1)
+    if config.cache.tier in ("auto", "device"):
+        return CacheBytes(held=plan.cache_bytes, held_out=held_out)
+    n_chunks = plan.layout.chunks_per_window * variants(config.objective)
+    return CacheBytes(chunk=plan.cache_bytes // n_chunks, n_chunks=n_chunks, held_out=held_out)
 
 
 def rack_bytes(config: RunConfig) -> int:

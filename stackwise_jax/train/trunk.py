@@ -26,8 +26,9 @@ from stackwise_jax.memory.precision import decoded
 from stackwise_jax.memory.tiers import ChunkStore, DeviceStore, DiskStore, HostStore, Room, choose_tier
 from stackwise_jax.objectives.objective import Task, variants
 from stackwise_jax.schema import RunConfig
+from stackwise_jax.train.needs import bytes_besides_cache
 from stackwise_jax.train.phases import Branch, Phase
-from stackwise_jax.train.plan import Plan, phase_device_bytes
+from stackwise_jax.train.plan import Plan
 from stackwise_jax.train.program import Program
 from stackwise_jax.train.state import Frozen
 from stackwise_jax.types import Batch, Params
@@ -88,8 +89,8 @@ def cache_tier(plan: Plan, folder: Path) -> str:
     if not plan.cache_bytes:
         return "device"
     config = plan.config
-    needed = max(phase_device_bytes(plan, index).besides_cache for index in range(len(plan.phases)))
     free = processes.smallest_bytes(placement.device_room())
+    needed = 0 if free is None else bytes_besides_cache(plan)
     host, hosts = processes.smallest_bytes(placement.host_room()), processes.count_hosts()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     room = Room(

@@ -130,19 +130,15 @@ def test_moments_weights_and_gradients_follow_their_precision(optimizer: str, mo
     assert budget.weight_and_gradient_bytes(summed, live=1024, live_in_stacks=512) == (in_16_bits, 4096)
 
 
-@pytest.mark.parametrize(
-    ("remat", "per_token"),
-    [
-        ("none", 6 * 32 + (4 + 2 * 2) * 8 + 4 * 48),
-        ("dots", 3 * 32 + (4 + 2 * 2) * 8 + 3 * 48),
-        ("full", 32),
-    ],
-)
-def test_kept_activations_follow_remat(remat: str, per_token: int):
-    training = {"batch_size": 4, "accumulation_steps": 2, "remat": remat, "loss_chunk_tokens": 8}
-    config = config_of(TINY, data={"seq_len": 16}, training=training)
-    tokens = 2 * 16
-    assert budget.activation_bytes(config, 3) == tokens * 4 * (3 * per_token + 2 * 32) + 8 * 8 * 64
+def test_a_share_of_the_places_costs_that_share_of_the_head():
+    model = config_of(TINY).model
+    whole, quarter = (
+        budget.step_flops_per_token(
+            model, 0, live_blocks=1, passed_blocks=0, trunk_blocks=0, table_is_live=True, loss_fraction=share
+        )
+        for share in (1.0, 0.25)
+    )
+    assert whole - quarter == 0.75 * 3 * 2.0 * 32 * 64
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ REFUSALS = [  # capability, dtype, T, S, H, is_causal, the words that tell the r
 def test_cudnn_refuses_what_it_cannot_serve(
     monkeypatch: pytest.MonkeyPatch, capability, dtype, T, S, H, is_causal, reason
 ):
-    monkeypatch.setattr(attention_module, "_cuda_capability", lambda: capability)
+    monkeypatch.setattr(attention_module, "cuda_capability", lambda: capability)
     q, k = jnp.zeros((1, T, 2, H), dtype), jnp.zeros((1, S, 1, H), dtype)
     refusal = cudnn_refusal(q, k, k, is_causal=is_causal)
     assert refusal is None if reason is None else reason in refusal

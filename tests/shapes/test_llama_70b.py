@@ -15,6 +15,7 @@ from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.branches import update_order
 from stackwise_jax.train.curriculum import make_curriculum
 from stackwise_jax.train.describe import describe
+from stackwise_jax.train.machine import machine
 from stackwise_jax.train.phases import Phase, Role, signature, stack_sizes
 from stackwise_jax.train.plan import make_plan
 from stackwise_jax.train.program import Program
@@ -92,11 +93,13 @@ def test_one_update_of_each_kind_of_phase(config: RunConfig, index: int, live: i
 
 def test_plan_says_what_it_is_and_fits_at_the_start(config: RunConfig):
     plan = make_plan(config, None)
-    text = describe(plan)
+    text = describe(plan, machine(Path("run"), card="H200", host_gib=120.0, disk_gib=62.0, share=0.9))
     assert "68.98B parameters: 80 stacks of 1 block(s)" in text
     assert plan.compilations == 2
     assert all(phase.cached for phase in plan.phases[1:])
     assert "855.65M" in text
-    assert "64.0 GiB" in text
+    assert "cache 80.0 GiB" in text
     assert "77 more phases like these" in text
+    assert "verdict  fits on H200: device " in text
+    assert "of 98.5 GiB, host " in text
     assert len(plan.phases) == 81

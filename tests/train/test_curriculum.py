@@ -17,7 +17,7 @@ from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import FUSED_STACKS, make_curriculum
 from stackwise_jax.train.describe import describe
 from stackwise_jax.train.phases import Phase, Role, signature, stack_sizes, uncachable
-from stackwise_jax.train.plan import make_plan, phase_device_bytes, phase_parameters
+from stackwise_jax.train.plan import device_moments, make_plan, phase_device_bytes, phase_parameters
 
 LIVE, FROZEN = Role.LIVE, Role.FROZEN
 
@@ -197,17 +197,20 @@ def test_device_bytes_of_a_phase():
     config = config_of(3, mode="layerwise", head="frozen")
     plan = make_plan(config, 64)
     block, sizes = budget.block_parameters(config.model), config.model.vocab_size * config.model.d_model
-    need = phase_device_bytes(plan, 3)
-    assert (need.weights, need.optimizer, need.gradients) == (4 * block, 8 * block, 4 * block)
-    assert need.frozen == 4 * (block + sizes + config.model.d_model)  # the stack being advanced through, and the head
-    assert need.cache == budget.cache_bytes(config, 64, 1)
-    assert need.total == need.weights + need.optimizer + need.gradients + need.frozen + need.activations + need.cache
+    moments, cache = device_moments(plan, 3), budget.cache_bytes(config, 64, 1) + budget.cache_bytes(config, 64, 1)
+    count = 4  # bytes of the count of updates
+    for need in moments.values():
+        assert (need.weights, need.optimizer, need.cache) == (4 * block, 8 * block + count, cache)
+    assert moments["caching"].frozen == 4 * block  # the stack that the rows pass through
+    assert moments["training"].head >= 4 * (sizes + config.model.d_model)
+    assert moments["training"].frozen == moments["settling"].gradients == 0
+    assert phase_device_bytes(plan, 3) == moments["training"]  # which needs most
 
 
 def test_device_bytes_do_not_grow_with_depth_but_for_a_recomputed_trunk():
     def frozen_bytes(**training: Any) -> list[int]:
         plan = make_plan(config_of(6, mode="layerwise", **training), 64)
-        return [phase_device_bytes(plan, index).frozen for index in range(2, len(plan.phases))]
+        return [device_moments(plan, index)["training"].frozen for index in range(2, len(plan.phases))]
 
     assert len(set(frozen_bytes())) == 1
     assert len(set(frozen_bytes(progressive={"cache_activations": False}))) == 5

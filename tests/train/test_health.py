@@ -177,7 +177,7 @@ def test_a_device_without_memory_is_a_few_lines(
         loop.run(config, tiny_corpus, tmp_path / "run", say=lambda _: None)
     text = str(caught.value)
     assert text.startswith("out of memory in phase stack_0000: RESOURCE_EXHAUSTED")
-    assert "most of it cache " in text
+    assert "most of it workspace " in text  # the model is small beside what its kernels need
     for field in ("training.remat=full", "accumulation_steps", "loss_chunk_tokens", "data.seq_len", "cache.tier=host"):
         assert field in text
     assert len(text.splitlines()) == 3
