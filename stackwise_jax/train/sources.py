@@ -219,11 +219,17 @@ def _require_fitting(folder: Path, snapshot: Snapshot, config: RunConfig, tokeni
             f"training.fusion.sources: the blocks of {folder} have other shapes than those that `model` describes; "
             f"start from its config.json"
         )
-    if snapshot.config.model.kernel != config.model.kernel:  # frequencies lie in no array whose shape would tell
-        raise UserError(
-            f"training.fusion.sources: the blocks of {folder} were trained with another model.kernel; start from its "
-            "config.json"
-        )
+    for section in ("kernel", "experts"):
+        if _unseen(snapshot.config.model)[section] != _unseen(config.model)[section]:
+            raise UserError(
+                f"training.fusion.sources: the blocks of {folder} were trained with another model.{section}; start "
+                "from its config.json"
+            )
+
+
+def _unseen(model: ModelConfig) -> dict[str, Any]:
+    """What no shape of an array tells of what blocks compute: frequencies, and how a router chooses."""
+    return {"kernel": model.kernel, "experts": (model.experts.active, model.experts.normalises)}
 
 
 def _shapes(model: ModelConfig) -> Any:

@@ -15,7 +15,7 @@ from stackwise_jax.data.corpus import Corpus
 from stackwise_jax.errors import UserError
 from stackwise_jax.fuse import fused_config
 from stackwise_jax.memory.precision import from_storage
-from stackwise_jax.schema import KernelConfig, RunConfig
+from stackwise_jax.schema import ExpertsConfig, KernelConfig, RunConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.folder import newest_snapshot
 from stackwise_jax.train.sources import assemble, parse_sources
@@ -192,6 +192,7 @@ def test_what_cannot_be_fused_is_refused_in_one_line(
     assert "have other shapes" in refusal(causal, d_ff=64)
     assert "have other shapes" in refusal(causal, vocab_size=400)
     assert "trained with another model.kernel" in refusal(causal, kernel=KernelConfig(seed=1))
+    assert "trained with another model.experts" in refusal(causal, experts=ExpertsConfig(active=1))
     assert "has a table of its own; set model.ties_embedding=False" in refusal(causal, ties_embedding=True)
 
 
