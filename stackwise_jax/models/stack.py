@@ -114,9 +114,10 @@ def apply_penalised_stack(
         return hidden, penalty
 
     unroll = min(unroll, n_blocks)
-    if unroll == n_blocks:
+    without_loop = n_blocks < 2 * unroll  # a loop of one turn is none to the compiler
+    if without_loop:
         params, x = _decoded_here(params, x)
-    turn = REMAT[remat](around(body), unroll == n_blocks)
+    turn = REMAT[remat](around(body), without_loop)
     x, penalties = jax.lax.scan(turn, x.astype(dtype), (params, keys), length=n_blocks, unroll=unroll)
     return x, None if penalties is None else jnp.sum(penalties)
 
