@@ -28,6 +28,7 @@ from stackwise_jax.models.rack import (
     row_context,
 )
 from stackwise_jax.models.stack import apply_stack, decode_stack
+from stackwise_jax.ops.loss import token_scores
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.train import loop
 from stackwise_jax.train.trained import Trained, load_trained
@@ -60,6 +61,7 @@ def drawn_rack() -> tuple[Params, ModelConfig]:
     return init_rack(jax.random.key(0), model, (1, 1, 1)), model
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def confidence_of(rack: Params, x: jax.Array, model: ModelConfig) -> jax.Array:
     logits = rack_logits(rack, x, model)
     return jnp.exp(jnp.max(logits, axis=2) - jax.nn.logsumexp(logits, axis=2))
@@ -80,6 +82,7 @@ def in_one_pass(tokens: np.ndarray, threshold: float) -> tuple[np.ndarray, np.nd
     return np.asarray(left.stage)[0], np.asarray(left.loss)[0]
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def in_row(stack: Params, x: Any, *, context: Any, model: ModelConfig) -> Any:
     return apply_stack(stack, x, context, model, dtype=jnp.float32)
 
@@ -110,7 +113,7 @@ def token_by_token(tokens: np.ndarray, threshold: float, *, stays: bool) -> tupl
 
 
 def test_one_pass_over_a_row_is_reading_it_token_by_token() -> None:
-    tokens = np.random.default_rng(1).integers(0, 16, 24)
+    tokens = np.random.default_rng(1).integers(0, 16, 14)
     stages, sure = in_one_pass(tokens, 0.35)
     assert set(stages) == {0, 1, 2}
     by_token = token_by_token(tokens, 0.35, stays=True)
@@ -154,6 +157,19 @@ def test_a_place_that_has_left_stays_as_it_is() -> None:
     assert left.stage.tolist() == [[0, 1, 2]]
     np.testing.assert_allclose(left.loss, [[1.2, 1.2, 0.4]], rtol=1e-6)
     np.testing.assert_allclose(leave_early(stages, [judge] * 3, jnp.full((1, 1, 1), 0.6), 2.0).loss, 4.8, rtol=1e-6)
+
+
+def test_a_place_is_scored_as_its_softmax_says() -> None:
+    """Also the places of a chunk that is filled up."""
+    draw = np.random.default_rng(0)
+    hidden, table = (draw.normal(size=(n, 4)).astype(np.float32) for n in (7, 9))
+    targets = np.array([0, 3, 8, 2, 2, 5, 1])
+    odds = np.exp(hidden.astype(np.float64) @ table.T)
+    p = odds / odds.sum(axis=1, keepdims=True)
+    losses, confidence, is_right = token_scores(*map(jnp.array, (hidden, table, targets)), chunk_tokens=3)
+    np.testing.assert_allclose(losses, -np.log(p[np.arange(7), targets]), rtol=1e-5)
+    np.testing.assert_allclose(confidence, p.max(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(is_right, p.argmax(axis=1) == targets)
 
 
 def test_what_is_stored_of_a_place_is_counted_from_the_maps() -> None:
