@@ -1,8 +1,9 @@
 """Mixture of experts without capacity: which experts a token goes to, and matmuls of rows that lie by expert.
 
 Rows are laid out in blocks of one expert each, so that a loop over blocks multiplies every row by its own expert's
-matrix and by no other: of `jax.lax.ragged_dot` a CPU makes one product per expert of all rows. No token is dropped whatever the experts' loads are (dropless; Gale et al., 2023, MegaBlocks). All movement of
-rows is by gathers, forward and backward, so that equal inputs give equal sums.
+matrix and by no other: of `jax.lax.ragged_dot` a CPU makes one product per expert of all rows. No token is dropped
+whatever the experts' loads are (dropless; Gale et al., 2023, MegaBlocks). All movement of rows is by gathers, forward
+and backward, so that equal inputs give equal sums.
 """
 
 import typing
