@@ -96,7 +96,7 @@ def test_a_causal_run_opens_goes_on_exactly_and_is_sampled(tiny: Any, tiny_corpu
             raise StoppedError("the test")
         return training_batch(*args)
 
-    run.inputs.training_batch = until
+    setattr(run.inputs, "training_batch", until)  # noqa: B010
     with pytest.raises(StoppedError):
         run.to_end()
     again = loop.run(config, tiny_corpus, tmp_path / "stopped", say=lambda _: None)
