@@ -137,7 +137,7 @@ def passing_bytes(config: RunConfig, task: Task, blocks: int, target: Target) ->
         _stored_shape(config, blocks),
         _timing_shape(config),
         _hidden_shape(config),
-        _batch(config),
+        _batch(config, task),
     )
     stack = jax.eval_shape(lambda own: decoded(own, program.dtype), stored)
 
@@ -190,7 +190,7 @@ def _operands(config: RunConfig, sig: Signature) -> tuple[Program, TrainState, P
     ]
     program = Program(config, _vocabulary(config), config.training.batch_size)
     state = TrainState(halves[0], halves[1], jax.eval_shape(lambda: init_scaling(config)))
-    return program, state, frozen, _batch(config), _hidden_shape(config) if sig.reads_activations else None
+    return program, state, frozen, _batch(config, sig.task), _hidden_shape(config) if sig.reads_activations else None
 
 
 def _vocabulary(config: RunConfig) -> Vocabulary:
@@ -198,10 +198,11 @@ def _vocabulary(config: RunConfig) -> Vocabulary:
     return Vocabulary(config.model.vocab_size, mask_id=0, special_ids=(0,))
 
 
-def _batch(config: RunConfig) -> Batch:
+def _batch(config: RunConfig, task: Task) -> Batch:
     B, T = config.training.batch_size, config.data.seq_len
     rows, ids = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
-    return Batch(rows, rows, rows, ids, ids)
+    opens = task.attention == "prefix" and task.objective != "prefix"  # then the phase says how far (`Branch.opened`)
+    return Batch(rows, rows, rows, ids, ids, prefix_lengths=ids if opens else None)
 
 
 def _hidden_shape(config: RunConfig) -> Any:

@@ -17,6 +17,7 @@ from stackwise_jax.models.rack import apply_rack, init_rack
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.train import loop
 from stackwise_jax.train.curriculum import make_curriculum
+from stackwise_jax.train.describe import describe
 from stackwise_jax.train.phases import Branch, Role, stack_sizes
 from stackwise_jax.train.plan import make_plan
 from stackwise_jax.train.program import make_program
@@ -34,7 +35,9 @@ def test_stages_open_a_row_step_by_step_under_one_schedule() -> None:
     assert [phase.steps for phase in phases] == [2, 3, 3, 2, 10]
     assert [phase.schedule for phase in phases] == [(0, 20), (2, 20), (5, 20), (8, 20), (10, 20)]
     assert [bool(phase.settles) for phase in phases] == [False] * 4 + [True]  # weights and moments are carried on
-    assert make_plan(config_of(OPENING), 64).compilations == 2  # all stages are one program
+    plan = make_plan(config_of(OPENING), 64)
+    assert plan.compilations == 2  # all stages are one program
+    assert "head live, causal but for the first 75%" in describe(plan)
     whole = {**OPENING, "training.fusion.opening": 0.0}
     assert [phase.name for phase in make_curriculum(config_of(whole))] == ["fusion_0000"]
 
@@ -93,7 +96,7 @@ def test_a_causal_run_opens_goes_on_exactly_and_is_sampled(tiny: Any, tiny_corpu
             raise StoppedError("the test")
         return training_batch(*args)
 
-    run.inputs.training_batch = until
+    setattr(run.inputs, "training_batch", until)  # noqa: B010
     with pytest.raises(StoppedError):
         run.to_end()
     again = loop.run(config, tiny_corpus, tmp_path / "stopped", say=lambda _: None)
