@@ -357,22 +357,23 @@ class Run:
 
     def _save(self, *, required: bool) -> None:
         """Takes a copy of the state and has it written while training goes on."""
-        self.folder.flush()  # everything but what is handed over now is on the disk
-        unsaved = {part.reference for part in self._unsaved}
-        unwritten = [int(stack) for stack, own in self.references["stacks"].items() if own in unsaved]
-        self.frozen.stacks.release(self.config.checkpoint.host_gib * 2**30, unwritten=unwritten)
         position, references = copy.deepcopy((dataclasses.asdict(self.position), self.references))
+        parts, self._unsaved = self._unsaved, []
         self.folder.save(
             self.position.step,
             self.position.phase,
             to_host(self.state),
             {"position": position, "parts": references},
-            self._unsaved,
+            parts,
             keep=self.config.checkpoint.keep,
             required=required,
         )
-        self._unsaved = []
         self._saved_at = time.monotonic()
+        if processes.are_several():
+            return  # only the process that writes knows what is on the disk
+        under_way = {part.reference for part in parts}  # all that was handed over before is there by now
+        unwritten = [int(stack) for stack, own in self.references["stacks"].items() if own in under_way]
+        self.frozen.stacks.release(self.config.checkpoint.host_gib * 2**30, unwritten=unwritten)
 
     def _begin(self, say: Callable[[str], None]) -> None:
         """Starts from the newest sound snapshot, or from the seed where there is none."""

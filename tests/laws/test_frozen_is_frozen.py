@@ -22,7 +22,7 @@ def snapshots(run: loop.Run) -> list[dict[str, np.ndarray]]:
     while run.position.phase < len(plan.phases):
         index = run.position.phase
         run._run_phase(plan.phases[index], plan.signatures[index])
-        tree: Params = {"stacks": run.frozen.stacks, "embedding": run.frozen.embedding, "head": run.frozen.head}
+        tree: Params = {"stacks": dict(run.frozen.stacks), "embedding": run.frozen.embedding, "head": run.frozen.head}
         taken.append({name: np.array(leaf) for name, leaf in named_leaves(tree).items()})
     return taken
 
