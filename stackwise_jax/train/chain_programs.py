@@ -17,8 +17,8 @@ from stackwise_jax.models.rack import apply_head_norm, output_table
 from stackwise_jax.train import optimizer
 from stackwise_jax.train.phases import Role
 from stackwise_jax.train.program import Program
-from stackwise_jax.train.scaling import keep_where, loss_scale, next_scaling, scaling_metrics
-from stackwise_jax.train.step import consistency, head_loss
+from stackwise_jax.train.scaling import keep_where
+from stackwise_jax.train.step import consistency, head_loss, judge
 from stackwise_jax.types import AnyArray, Example, Key, Params
 
 
@@ -152,28 +152,16 @@ class ChainPrograms:
         scaling: Params,
         fractions: Float[AnyArray, "P"],
     ) -> tuple[Float[Array, ""], Bool[Array, ""] | None, list[Array], Params, dict[str, Array]]:
-        """What the updates of all parts have in common.
+        """As `train.step.judge`, whose factor and answers are followed by the fractions of the learning rate, apart.
 
         Args:
           squares: sums of squares of the gradients of each part.
-          total, weight: summed loss, and what it is divided by.
           fractions: of the learning rate, of each part.
-
-        Returns:
-          What gradients are multiplied by, whether they are numbers (None: the loss is not scaled), the fractions
-          apart, the loss scaling after the step, and the metrics.
         """
-        scale = loss_scale(scaling)
-        weight = jnp.maximum(weight, 1.0)
-        divisor = weight if scale is None else weight * scale
-        norm = jnp.sqrt(sum(squares)) / divisor
-        factor = optimizer.clip_scale(norm, self.program.config.optimizer.clip_norm) / divisor
-        metrics = {"loss": total / weight, "gradient_norm": norm, "weight": weight}
-        is_finite = None if scale is None else jnp.isfinite(norm)
-        if scale is not None and is_finite is not None:
-            metrics |= scaling_metrics(scale, is_finite)
+        norm = jnp.sqrt(sum(squares))
+        factor, is_finite, scaling, metrics = judge(self.program, norm, total, weight, scaling)
         apart = [fractions[index] for index in range(len(squares))]
-        return factor, is_finite, apart, next_scaling(scaling, norm), metrics
+        return factor, is_finite, apart, scaling, metrics
 
     def _update(
         self,

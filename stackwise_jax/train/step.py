@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from stackwise_jax.models.rack import apply_head_norm, output_table
 from stackwise_jax.ops.loss import cross_entropy
@@ -213,7 +213,6 @@ def make_train_step(program: Program, signature: Signature) -> StepFunction:
 
 def make_update(program: Program, signature: Signature, gradients: Callable[..., Any]) -> StepFunction:
     """As `make_train_step`, of gradients from elsewhere that are called as those of `make_gradients` are."""
-    config = program.config.optimizer
     transforms = optimizer.make_transforms(program.config, scales_head=signature.embedding is Role.FROZEN)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -225,24 +224,42 @@ def make_update(program: Program, signature: Signature, gradients: Callable[...,
         fractions: Float[AnyArray, "P"],
         step: Int[AnyArray, ""],
     ) -> tuple[TrainState, dict[str, Array]]:
-        scale = loss_scale(state.scaling)
-        draws = (program.dropout_key(step), program.loss_offset(step))
-        grads, total, weight = gradients(state.params, frozen, batch, activations, *draws, scale)
-        weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing has no gradient, not an undefined one
-        divisor = weight if scale is None else weight * scale
-        norm = optimizer.gradient_norm(grads) / divisor
-        factor = optimizer.clip_scale(norm, config.clip_norm) / divisor
+        draws = (program.dropout_key(step), program.loss_offset(step), loss_scale(state.scaling))
+        grads, total, weight = gradients(state.params, frozen, batch, activations, *draws)
+        norm = optimizer.gradient_norm(grads)
+        factor, is_finite, scaling, metrics = judge(program, norm, total, weight, state.scaling)
         grads = optimizer.scaled(grads, factor)
         params, states = optimizer.update_parts(transforms, grads, state.optimizer, state.params, fractions)
-        metrics = {"loss": total / weight, "gradient_norm": norm, "weight": weight}
-        if scale is not None:
-            is_finite = jnp.isfinite(norm)
+        if is_finite is not None:
             params, states = keep_where(is_finite, (params, states), (state.params, state.optimizer))
-            metrics |= scaling_metrics(scale, is_finite)
-        state = TrainState(params, states, next_scaling(state.scaling, norm))
-        return program.placement.as_weights(state), metrics
+        return program.placement.as_weights(TrainState(params, states, scaling)), metrics
 
     return train_step
+
+
+def judge(
+    program: Program, norm: Float[Array, ""], total: Float[Array, ""], weight: Float[Array, ""], scaling: Params
+) -> tuple[Float[Array, ""], Bool[Array, ""] | None, Params, dict[str, Array]]:
+    """What the updates of all parts have in common, in either execution.
+
+    Args:
+      norm: global, of the summed gradients.
+      total, weight: summed loss, and what it is divided by.
+
+    Returns:
+      What gradients are multiplied by, whether they are numbers (None: the loss is not scaled), the loss scaling after
+      the step, and the metrics.
+    """
+    scale = loss_scale(scaling)
+    weight = jnp.maximum(weight, 1.0)  # a batch that asks nothing has no gradient, not an undefined one
+    divisor = weight if scale is None else weight * scale
+    norm = norm / divisor
+    factor = optimizer.clip_scale(norm, program.config.optimizer.clip_norm) / divisor
+    metrics = {"loss": total / weight, "gradient_norm": norm, "weight": weight}
+    if scale is None:
+        return factor, None, next_scaling(scaling, norm), metrics
+    is_finite = jnp.isfinite(norm)
+    return factor, is_finite, next_scaling(scaling, norm), metrics | scaling_metrics(scale, is_finite)
 
 
 def make_evaluation(program: Program, signature: Signature) -> Callable[..., tuple[Array, Array]]:
