@@ -146,10 +146,7 @@ def measure(config: RunConfig, steps: int, *, with_profile: bool = False) -> tup
     text = kernels.as_text(kernels.trace_kernels(step.run, "")) + "\n" if with_profile else ""
     stats = jax.local_devices()[0].memory_stats()
     model, stacks, item = config.model, step.frozen["frozen_stacks"], budget.item_bytes(config.precision.compute)
-    trained, moments = (
-        sum(leaf.nbytes for leaf in jax.tree.leaves(tree["adapters"]))
-        for tree in (step.state.params, step.state.optimizer)
-    )
+    trained, moments = (budget.tree_bytes(tree["adapters"]) for tree in (step.state.params, step.state.optimizer))
     figures = Figures(
         step_seconds=seconds,
         first_seconds=step.compile_seconds,

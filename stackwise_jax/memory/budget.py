@@ -8,6 +8,7 @@ Recomputation by remat is not counted.
 import dataclasses
 import math
 import typing
+from typing import Any
 
 import jax
 
@@ -205,6 +206,11 @@ def weight_and_gradient_bytes(config: RunConfig, *, live: int, live_in_stacks: i
     """Bytes of live weights, and of their gradients, which have the dtype of the weight unless they are accumulated."""
     weights_bytes = 4 * live + (item_bytes(config.precision.weights) - 4) * live_in_stacks
     return weights_bytes, weights_bytes if config.training.accumulation_steps == 1 else 4 * live
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of every array of a tree, or of what has their shapes; a random key, which hides its dtype, counts as 8."""
+    return sum(leaf.size * getattr(leaf.dtype, "itemsize", 8) for leaf in jax.tree.leaves(tree))
 
 
 def readable_bytes(count: int | float) -> str:

@@ -338,7 +338,8 @@ class RunFolder:
 
     def reader(self, part: Part) -> Callable[[], Params]:
         """Reads a part from the disk again; only once it has been saved. It keeps nothing of the part's arrays."""
-        return functools.partial(read_tree, self.path / "stacks" / part.reference, jax.eval_shape(lambda: part.tree))
+        shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part.tree)
+        return functools.partial(read_tree, self.path / "stacks" / part.reference, shape)
 
     def check(self) -> None:
         """Raises what went wrong in the background, without waiting for it."""

@@ -146,13 +146,13 @@ def passing_bytes(config: RunConfig, task: Task, blocks: int, target: Target) ->
 
     labels = _labels({"frozen_stacks": stack}) + _labels({"rows": (timing, x, batch)})
     own = _by_tier(_counted(forward, (stack, timing, x, batch), labels, target), config, [])
-    return own if stack == stored else dataclasses.replace(own, gathered=own.gathered + _bytes(stored))
+    return own if stack == stored else dataclasses.replace(own, gathered=own.gathered + budget.tree_bytes(stored))
 
 
 def part_bytes(config: RunConfig, kind: str, blocks: int, has_table: bool, rank: int) -> tuple[int, int]:
     """(bytes of weights, of optimiser state) of a live part; arguments as in `_fresh_shape`."""
     params, moments = _fresh_shape(config, kind, blocks, has_table=has_table, rank=rank)
-    return _bytes(params), _bytes(moments)
+    return budget.tree_bytes(params), budget.tree_bytes(moments)
 
 
 def part_size(config: RunConfig, kind: str, blocks: int, has_table: bool, rank: int) -> int:
@@ -245,10 +245,6 @@ def _labels(tree: Any) -> list[str]:
 
 def _frozen_labels(frozen: Params) -> list[str]:
     return _labels(dict(sorted(frozen.items())))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * getattr(leaf.dtype, "itemsize", 8) for leaf in jax.tree.leaves(tree))
 
 
 def _by_tier(peak: Peak, config: RunConfig, live: list[Any]) -> budget.DeviceBytes:

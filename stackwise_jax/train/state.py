@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from stackwise_jax.checks.training import adapter_ranks
+from stackwise_jax.memory.budget import tree_bytes
 from stackwise_jax.memory.fingerprint import named_leaves
 from stackwise_jax.memory.placement import make_placement
 from stackwise_jax.memory.precision import as_master, from_storage, to_storage
@@ -119,7 +120,7 @@ class HeldStacks(MutableMapping[int, Params]):
         Args:
           unwritten: stacks that cannot be read from the disk yet, which stay.
         """
-        sizes = {number: _bytes(tree) for number, tree in self._trees.items() if tree is not None}
+        sizes = {number: tree_bytes(tree) for number, tree in self._trees.items() if tree is not None}
         left = sum(sizes.values())
         for number in sorted(set(sizes) & set(self._read) - set(unwritten)):
             if left <= held_bytes:
@@ -142,16 +143,6 @@ class HeldStacks(MutableMapping[int, Params]):
 
     def __len__(self) -> int:
         return len(self._trees)
-
-    def copy(self) -> "HeldStacks":
-        """Another mapping of the same trees."""
-        other = HeldStacks()
-        other._trees, other._read = dict(self._trees), dict(self._read)
-        return other
-
-
-def _bytes(tree: Params) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass
