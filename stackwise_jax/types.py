@@ -70,6 +70,7 @@ class Example:
       rates: masked fraction of each row, for a model that is told.
       prefix_lengths: of a prefix mask.
       revealed: places that are still visible at the lower edge of the row's band.
+      asks_everywhere: few places have weight 0, so that leaving them out of the loss would not pay. Static.
     """
 
     inputs: Int[AnyArray, "B T"]
@@ -81,6 +82,7 @@ class Example:
     rates: Float[AnyArray, "B"] | None = None
     prefix_lengths: Int[AnyArray, "B"] | None = None
     revealed: Bool[AnyArray, "B T"] | None = None
+    asks_everywhere: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def weight(self) -> Float[AnyArray, ""]:

@@ -91,7 +91,7 @@ def compile_step(
     from stackwise_jax.train.state import Frozen, PartSource, joined, part_names
     from stackwise_jax.types import Vocabulary
 
-    vocabulary = Vocabulary(config.model.vocab_size, mask_id=0, special_ids=())
+    vocabulary = Vocabulary(config.model.vocab_size, mask_id=0, special_ids=(0,))
     program = Program(config, vocabulary, config.training.batch_size)
     phases = make_curriculum(config)
     phase = phases[index]

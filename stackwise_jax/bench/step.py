@@ -1,14 +1,15 @@
 """How fast a train step is: the very step of end-to-end training, its share of the peak, and PyTorch beside it.
 
-A model of the GPT-2 small shape on random tokens: milliseconds a step (median), tokens/s, model TFLOP/s by the plan's
-count, MFU, memory. Beside it, where PyTorch is installed, the same shape under `torch.compile` of `transformers`.
---set changes any config field; --variants times changes of interest one after another; --profile says which kernels the
-time goes to:
-python -m stackwise_jax.bench step --family=gpt2 --seq_len=1024 --variants=all
+Published models at their usual shapes on random tokens: milliseconds a step (median), tokens/s, model TFLOP/s by the
+plan's count, MFU, memory. Beside it, where PyTorch is installed, the same model under `torch.compile` of
+`transformers`. Weights and moments once in float32 and once in 16 bits, each against its like there. --set changes any
+config field; --variants times changes of interest one after another; --profile says which kernels the time goes to:
+python -m stackwise_jax.bench step --model=gpt2:small,bert:base --variants=all
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,34 @@ from absl import flags
 from stackwise_jax import config as config_lib
 from stackwise_jax.bench import torch_step
 from stackwise_jax.bench.live_step import MATMUL, WARMUP_STEPS, compile_step, matmul_flops, program_bytes
-from stackwise_jax.checks.choices import PRECISIONS
 from stackwise_jax.errors import UserError, did_you_mean
+from stackwise_jax.models import families
 from stackwise_jax.overrides import apply_overrides
 from stackwise_jax.schema import RunConfig
 
-TORCH_SECONDS = 300  # until the process that measures PyTorch is given up
+TORCH_SECONDS = 150  # a measurement, until the process that measures PyTorch is given up
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},  # the defaults: RMSNorm, SwiGLU, rotary positions, no biases, an untied head
-    "gpt2": {
-        "norm": "layernorm",
-        "ffn": "gelu",
-        "positions": "learned",
-        "use_bias": True,
-        "ties_embedding": True,
-    },
+MODELS = ["gpt2:small", "bert:base", "modernbert:base", "llama:1b"]
+# Of each family its sizes, and its usual rows, tokens a row and objective.
+FAMILIES: dict[str, tuple[Callable[[str], dict[str, Any]], dict[str, Any]]] = {
+    "gpt2": (families.gpt2, {"training": {"batch_size": 16}, "data": {"seq_len": 1024}}),
+    "bert": (
+        families.bert,
+        {"training": {"batch_size": 64}, "data": {"seq_len": 512}, "objective": {"name": "mlm"}},
+    ),
+    "modernbert": (
+        families.modernbert,
+        {
+            "training": {"batch_size": 16},
+            "data": {"seq_len": 1024},
+            "objective": {"name": "mlm", "rate_min": 0.3, "rate_max": 0.3},
+        },
+    ),
+    "llama": (families.llama, {"training": {"batch_size": 4}, "data": {"seq_len": 2048}}),
 }
+# What stands beside PyTorch's weights and moments of bfloat16: those of matrices of blocks are too, their updates
+# rounded stochastically. Embedding, head and vectors keep weights of float32, which PyTorch's there do not.
+BF16_WEIGHTS = ["precision.weights=bf16", "precision.optimizer=bf16"]
 VARIANTS = {
     "loop": ["training.unroll_blocks=1"],
     "stacks_of_1": ["model.architecture.n_stacks={blocks}", "model.architecture.blocks_per_stack=1"],
@@ -72,15 +84,10 @@ class Row:
 def make_options() -> flags.FlagValues:
     """The flags of this benchmark."""
     options = flags.FlagValues()
-    flags.DEFINE_enum("family", "llama", list(FAMILIES), "Kind of block and head.", flag_values=options)
-    flags.DEFINE_integer("blocks", 12, "Blocks of the model.", lower_bound=1, flag_values=options)
-    flags.DEFINE_integer("blocks_per_stack", None, "Blocks a stack; all of them by default.", flag_values=options)
-    flags.DEFINE_integer("d_model", 768, "Width; heads of 64.", lower_bound=64, flag_values=options)
-    flags.DEFINE_integer("vocab_size", 16384, "Rows of the token table.", lower_bound=16, flag_values=options)
-    flags.DEFINE_integer("seq_len", 512, "Tokens a row.", lower_bound=2, flag_values=options)
-    flags.DEFINE_integer("batch_size", 32, "Rows a step.", lower_bound=1, flag_values=options)
+    flags.DEFINE_list("model", MODELS, f"FAMILY:SIZE, several in turn; of {', '.join(FAMILIES)}.", flag_values=options)
+    flags.DEFINE_integer("seq_len", None, "Tokens a row; by default as usual.", lower_bound=2, flag_values=options)
+    flags.DEFINE_integer("batch_size", None, "Rows a step; by default as usual.", lower_bound=1, flag_values=options)
     flags.DEFINE_integer("steps", 25, "Steps timed, after 5 of warm-up.", lower_bound=1, flag_values=options)
-    flags.DEFINE_enum("precision", "bf16", PRECISIONS, "Of arithmetic.", flag_values=options)
     flags.DEFINE_multi_string("set", [], "A config field: --set=training.remat=dots; repeatable.", flag_values=options)
     flags.DEFINE_list("variants", [], f"Also: all, or some of {', '.join(VARIANTS)}.", flag_values=options)
     flags.DEFINE_bool("torch", None, "Also PyTorch; by default where it is installed.", flag_values=options)
@@ -90,50 +97,102 @@ def make_options() -> flags.FlagValues:
 
 
 def main(options: Any) -> None:
-    """Measures and prints a table, each row as soon as it is known."""
-    config = make_config(options, [])
-    variants = [(name, make_config(options, VARIANTS[name])) for name in chosen_variants(options.variants)]
-    variants = [(name, variant) for name, variant in variants if variant != config]
+    """Measures and prints a table a model, each row of ours as soon as it is known."""
+    configs = {name: chosen_configs(name, options) for name in options.model}
+    if not configs:
+        raise UserError(f"--model= names no model; give FAMILY:SIZE, such as --model={MODELS[0]}")
     missing = torch_step.missing_packages()
     if options.torch and missing:
         raise UserError(f"--torch needs {' and '.join(missing)}, which are not installed; install them, or --notorch")
-    rows = []
+    theirs: dict[str, dict[str, list[Row]]] = {name: {} for name in configs}
     if options.torch or (options.torch is None and not missing):  # before JAX takes the device's memory
-        print("measuring PyTorch, about a minute ...", flush=True)
-        rows = torch_rows(config, options)
+        for name, own in configs.items():
+            print(f"measuring {name} in PyTorch, minutes ...", flush=True)
+            theirs[name] = torch_rows(next(iter(own.values())), options.steps)
     import jax
 
     from stackwise_jax.memory.placement import start_backend
-    from stackwise_jax.models.rack import count_parameters
     from stackwise_jax.train.metrics import peak_flops
-    from stackwise_jax.train.plan import make_plan
 
     start_backend()
+    peak, matmul = peak_flops(None), matmul_flops("bf16")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    if matmul:
+        print(f"a bf16 matmul of {MATMUL}: {matmul / 1e12:.0f} TFLOP/s")
+    measured = []
+    for name, own in configs.items():
+        measured.append(measure_model(name, own, theirs[name], options.steps, (peak, matmul)))
+        if options.profile:
+            print(compile_step(next(iter(own.values()))).profile(), flush=True)
+    if options.json:
+        device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        figures = {"peak_flops": peak, "matmul_flops": matmul, "models": measured}
+        write_json(Path(options.json), device | figures)
+
+
+def measure_model(
+    name: str,
+    configs: dict[str, RunConfig],
+    theirs: dict[str, list[Row]],
+    steps: int,
+    peaks: tuple[float | None, float | None],
+) -> dict[str, Any]:
+    """Measures and prints one model's table.
+
+    Args:
+      configs: of `chosen_configs`.
+      theirs: of `torch_rows`.
+      peaks: of the device, as told and as reached by a large matmul.
+
+    Returns:
+      every figure, and the config of the first row of ours.
+    """
+    from stackwise_jax.models.rack import count_parameters
+    from stackwise_jax.train.plan import make_plan
+
+    config = next(iter(configs.values()))
     plan = make_plan(config, None)
-    table = Table(plan.tokens_per_step, plan.step_flops[0], peak_flops(None), matmul_flops("bf16"))
+    table = Table(plan.tokens_per_step, plan.step_flops[0], *peaks)
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {options.family}, {config.model.n_blocks} blocks of "
-        f"width {config.model.d_model}, vocabulary {config.model.vocab_size}, {count_parameters(config.model):,} "
-        f"parameters; {config.training.batch_size} rows of {config.data.seq_len} tokens, "
-        f"{plan.step_flops[0] / 1e12:.4g} TFLOP a step"
+        f"\n{name}: {config.model.n_blocks} blocks of width {config.model.d_model}, vocabulary "
+        f"{config.model.vocab_size}, {count_parameters(config.model):,} parameters; {config.training.batch_size} rows "
+        f"of {config.data.seq_len} tokens, {plan.step_flops[0] / 1e12:.4g} TFLOP a step"
     )
-    if table.matmul:
-        print(f"a bf16 matmul of {MATMUL}: {table.matmul / 1e12:.0f} TFLOP/s")
     print(table.header(), flush=True)
+    rows = [row for of_weights in theirs.values() for row in of_weights]
     for row in rows:
         print(table.line(row), flush=True)
-    for name, variant in [("stackwise_jax", config), *variants]:
-        row = measure(name, variant, options.steps)
+    ours: dict[str, Row] = {}
+    for own_name, own in configs.items():
+        row = ours[own_name] = measure(own_name, own, steps)
         table.ours = table.ours or row.step_seconds
         print(table.line(row), flush=True)
-        rows.append(row)
-    for row in rows:
-        if row.name.startswith("transformers") and row.step_seconds and table.ours:
-            print(f"stackwise_jax over {row.name}: {row.step_seconds / table.ours:.3f} times the tokens a second")
-    if options.profile:
-        print(compile_step(config).profile(), flush=True)
-    if options.json:
-        write_json(Path(options.json), table, config, rows)
+    return {
+        "model": name,
+        "tokens_per_step": table.tokens,
+        "flops_per_step": table.flops,
+        "config": dataclasses.asdict(config),
+        "rows": [dataclasses.asdict(row) for row in (*rows, *ours.values())],
+        "speedups": speedups(ours, theirs),
+    }
+
+
+def speedups(ours: dict[str, Row], theirs: dict[str, list[Row]]) -> dict[str, float]:
+    """Our tokens a second over those of the fastest of theirs with like weights, by the weights; prints them too."""
+    found = {}
+    for weights, rows in theirs.items():
+        own = ours.get(our_name(weights), Row("")).step_seconds
+        timed = {row.name: row.step_seconds for row in rows if row.step_seconds}
+        if own and timed:
+            fastest = min(timed, key=timed.__getitem__)
+            found[weights] = timed[fastest] / own
+            print(f"{our_name(weights)}: {found[weights]:.3f} times the tokens a second of {fastest}", flush=True)
+    return found
+
+
+def our_name(weights: str) -> str:
+    """How a row of ours is called in the table."""
+    return f"stackwise_jax, {weights} weights"
 
 
 def chosen_variants(names: list[str]) -> list[str]:
@@ -145,27 +204,49 @@ def chosen_variants(names: list[str]) -> list[str]:
     return list(VARIANTS) if "all" in names else names
 
 
-def make_config(options: Any, changes: list[str]) -> RunConfig:
-    """The run whose step is measured: one end-to-end phase, rows of one document unless a change says otherwise.
+def chosen_configs(name: str, options: Any) -> dict[str, RunConfig]:
+    """The runs of a model that are measured, by the names of their rows; none is there twice."""
+    config = make_config(name, options, [])
+    stored = {"fp32": "float32", "bf16": "bfloat16"}
+    changes = {} if config.precision.weights == "bf16" else {our_name("bfloat16"): BF16_WEIGHTS}
+    changes |= {variant: VARIANTS[variant] for variant in chosen_variants(options.variants)}
+    found = {our_name(stored[config.precision.weights]): config}
+    for variant, change in changes.items():
+        changed = make_config(name, options, change)
+        if changed != config:
+            found[variant] = changed
+    return found
+
+
+def make_config(name: str, options: Any, changes: list[str]) -> RunConfig:
+    """The run whose step is measured: one end-to-end phase of one stack, rows of one document, no dropout, unless a
+    change says otherwise.
+
+    Args:
+      name: FAMILY:SIZE.
 
     Raises:
-      UserError: sizes that do not fit.
+      UserError: no such model, or values that do not fit.
     """
-    blocks, width = options.blocks, options.d_model
-    per_stack = options.blocks_per_stack or blocks
-    if width % 64:
-        raise UserError(f"--d_model={width} must be a multiple of 64, the width of a head")
-    if blocks % per_stack:
-        raise UserError(f"--blocks_per_stack={per_stack} must divide --blocks={blocks}")
+    family, _, size = name.partition(":")
+    if family not in FAMILIES or not size:
+        known = ", ".join(FAMILIES)
+        raise UserError(
+            f"--model={name} must be FAMILY:SIZE, such as {MODELS[0]}, of {known}.{did_you_mean(family, FAMILIES)}"
+        )
+    published, usual = FAMILIES[family]
     entries = config_lib.default()
     entries.name = "bench_step"
-    entries.model.update({"d_model": width, "n_heads": width // 64, "vocab_size": options.vocab_size})
-    entries.model.d_ff = 64 * -(-8 * width // 192) if options.family == "llama" else 4 * width
-    entries.model.update(FAMILIES[options.family])
-    entries.model.architecture.update({"n_stacks": blocks // per_stack, "blocks_per_stack": per_stack})
-    entries.data.update({"seq_len": options.seq_len, "isolate_documents": False})
-    entries.training.update({"mode": "end_to_end", "batch_size": options.batch_size, "execution": "fused"})
-    entries.precision.compute = options.precision
+    entries.model.update(published(size))
+    entries.update(usual)
+    blocks = entries.model.architecture.n_stacks * entries.model.architecture.blocks_per_stack
+    entries.model.architecture.update({"n_stacks": 1, "blocks_per_stack": blocks})
+    entries.model.dropout = 0.0
+    entries.data.isolate_documents = False
+    entries.data.seq_len = options.seq_len or entries.data.seq_len
+    entries.training.batch_size = options.batch_size or entries.training.batch_size
+    entries.training.update({"mode": "end_to_end", "execution": "fused"})
+    entries.precision.compute = "bf16"
     apply_overrides(entries, [*options.set, *(change.format(blocks=blocks) for change in changes)])
     if entries.training.mode != "end_to_end":
         raise UserError(f"--set=training.mode={entries.training.mode}: this benchmark is of end_to_end training")
@@ -187,22 +268,35 @@ def measure(name: str, config: RunConfig, steps: int) -> Row:
     return Row(name, median, step.compile_seconds, program_bytes(step.compiled))
 
 
-def torch_rows(config: RunConfig, options: Any) -> list[Row]:
-    """PyTorch's rows; a model that does not have our number of parameters counts as failed."""
+def torch_rows(config: RunConfig, steps: int) -> dict[str, list[Row]]:
+    """PyTorch's rows by their weights; a model that does not have our number of parameters counts as failed.
+
+    The numbers are equal, heads and tables of token types included: we have no pooler, and neither have the models that
+    `transformers` makes for a masked language model. It counts a tied table once, and so do we.
+    """
+    from stackwise_jax.interop.configs import to_theirs
+    from stackwise_jax.interop.kinds import family_of
     from stackwise_jax.models.rack import count_parameters
 
-    shape = {"family": options.family, "blocks": config.model.n_blocks, "steps": options.steps}
-    shape |= {name: getattr(config.model, name) for name in ("d_model", "n_heads", "d_ff", "vocab_size")}
-    shape |= {"batch_size": config.training.batch_size, "seq_len": config.data.seq_len}
-    rows = []
-    for entry in torch_step.run(shape, timeout_seconds=TORCH_SECONDS):
+    family = family_of(config.model)
+    shape = {
+        "model": to_theirs(family, config.model, dtype="float32", ids={}),
+        "masked_share": None if config.objective.name == "clm" else config.objective.rate_max,
+        "seq_len": config.data.seq_len,
+        "batch_size": config.training.batch_size,
+        "steps": steps,
+    }
+    kinds = torch_step.kinds_of(family)
+    entries = torch_step.run(shape, timeout_seconds=TORCH_SECONDS * len(kinds))
+    rows: dict[str, list[Row]] = {kind.weights: [] for kind in kinds}
+    for kind, entry in zip(kinds, entries, strict=True):
         parameters, versions = entry.pop("parameters", None), entry.pop("versions", None)
         row = Row(**entry)
         if not row.failed and parameters != count_parameters(config.model):
             row = Row(row.name, failed=f"it has {parameters:,} parameters and ours {count_parameters(config.model):,}")
-        if versions and not rows:
+        if versions and kind == kinds[0]:
             print(versions)
-        rows.append(row)
+        rows[kind.weights].append(row)
     return rows
 
 
@@ -219,14 +313,14 @@ class Table:
     def header(self) -> str:
         """The columns' names."""
         names = ("ms/step", "tokens/s", "TFLOP/s", "MFU %", "of matmul %", "memory", "compile s", "speed")
-        return f"{'':<34}" + "".join(f"{name:>12}" for name in names)
+        return f"{'':<50}" + "".join(f"{name:>12}" for name in names)
 
     def line(self, row: Row) -> str:
         """One row; figures that a device does not give are a dash. Speed: against the first row of ours."""
         from stackwise_jax.memory.budget import readable_bytes
 
         if row.step_seconds is None:
-            return f"{row.name:<34}  failed: {row.failed}"
+            return f"{row.name:<50}  failed: {row.failed}"
         seconds, rate = row.step_seconds, self.flops / row.step_seconds
         cells = [
             f"{1e3 * seconds:.2f}",
@@ -238,22 +332,10 @@ class Table:
             f"{row.compile_seconds:.1f}" if row.compile_seconds is not None else "-",
             f"{self.ours / seconds:.3f}" if self.ours else "-",
         ]
-        return f"{row.name:<34}" + "".join(f"{cell:>12}" for cell in cells)
+        return f"{row.name:<50}" + "".join(f"{cell:>12}" for cell in cells)
 
 
-def write_json(path: Path, table: Table, config: RunConfig, rows: list[Row]) -> None:
+def write_json(path: Path, document: dict[str, Any]) -> None:
     """Every figure, and what it was measured on."""
-    import jax
-
-    document = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "tokens_per_step": table.tokens,
-        "flops_per_step": table.flops,
-        "peak_flops": table.peak,
-        "matmul_flops": table.matmul,
-        "config": dataclasses.asdict(config),
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,15 @@
-"""The step of the same shape in PyTorch: `transformers` under `torch.compile`, what `bench step` stands beside.
+"""The step of the same model in PyTorch: `transformers` under `torch.compile`, what `bench step` stands beside.
 
 The parent starts this file as a process of its own, so that the two frameworks never share the device's memory; it
 prints one JSON object a measurement. PyTorch and transformers are no dependencies: they are imported in that process.
+The model comes as a `config.json` (`interop/configs.py`), so that it is the very one that is measured beside it.
 
-What is measured is meant to be hard to beat: fused AdamW, no dropout, and attention through
-`scaled_dot_product_attention(is_causal=True)` itself, because the stock path builds a mask array under
-`torch.compile`, which costs it the flash kernels.
+What is measured is meant to be hard to beat: fused AdamW, no mask array where attention needs none (the stock path
+builds one under `torch.compile`, which costs it the flash kernels), and the masks of local attention made once, not in
+every step. The loss is that of `transformers`, which takes the logits of all places also where few are asked for.
 """
 
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -20,7 +22,15 @@ from collections.abc import Callable
 from typing import Any
 
 WARMUP_STEPS = 5
-WEIGHTS = ("float32", "bfloat16")  # master weights of float32 under autocast, like ours; everything in bfloat16
+WEIGHTS = ("float32", "bfloat16")  # master weights of float32 under autocast; everything in bfloat16
+PLAIN = {"plain_causal": True, "plain_bidirectional": False}  # attention without a mask array: whether it is causal
+# How each family attends; several are measured one after another, because which of them is fastest is not known.
+ATTENTIONS = {
+    "gpt2": ("plain_causal",),
+    "llama": ("plain_causal",),
+    "bert": ("plain_bidirectional",),
+    "modernbert": ("sdpa", "flex_attention"),
+}
 
 MakeStep = Callable[[str], tuple[Callable[[], Any], int]]
 """(device) -> (one update, giving the loss or what else is finite while all is well; how many parameters it trains)."""
@@ -31,26 +41,41 @@ def missing_packages() -> list[str]:
     return [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a model is measured with: an attention of its family's `ATTENTIONS`, and one of `WEIGHTS`."""
+
+    attention: str
+    weights: str
+
+    @property
+    def name(self) -> str:
+        """How its measurement is called in the table."""
+        library = "transformers" if self.attention in PLAIN else f"transformers with {self.attention}"
+        return f"{library}, {self.weights} weights"
+
+
+def kinds_of(family: str) -> list[Kind]:
+    """The measurements of a family, in order."""
+    return [Kind(attention, weights) for attention in ATTENTIONS[family] for weights in WEIGHTS]
+
+
 def run(
     shape: dict[str, Any], *, timeout_seconds: int | float, command: list[str] | None = None
 ) -> list[dict[str, Any]]:
     """Measures in a process of its own.
 
     Args:
-      shape: family ("llama" or "gpt2"), blocks, d_model, n_heads, d_ff, vocab_size, seq_len, batch_size, steps.
+      shape: model (entries of its `config.json`), masked_share (of the places that are asked for; None: causal),
+        seq_len, batch_size, steps.
       command: what is started, the shape as JSON its last argument; None: this file.
 
     Returns:
-      as `run_process`, for each of `WEIGHTS`.
+      as `run_process`, for each of `kinds_of` the model's family.
     """
     command = [sys.executable, "-m", "stackwise_jax.bench.torch_step"] if command is None else command
-    names = [row_name(weights) for weights in WEIGHTS]
+    names = [kind.name for kind in kinds_of(shape["model"]["model_type"])]
     return run_process(command, shape, names, timeout_seconds=timeout_seconds)
-
-
-def row_name(weights: str) -> str:
-    """How a measurement is called in the table."""
-    return f"transformers, {weights} weights"
 
 
 def run_process(
@@ -86,68 +111,85 @@ def _is_object(line: str) -> bool:
 
 def register_plain_causal() -> str:
     """Makes attention that is causal without a mask array known to `transformers`; returns its name there."""
+    return _register_plain("plain_causal")
+
+
+def _register_plain(attention: str) -> str:
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
-    def causal_attention(
+    def plain_attention(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
     ) -> tuple[Any, None]:
         grouped = query.shape[1] != key.shape[1]
         attend = torch.nn.functional.scaled_dot_product_attention
-        mixed = attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+        mixed = attend(query, key, value, is_causal=PLAIN[attention], scale=scaling, enable_gqa=grouped)
         return mixed.transpose(1, 2).contiguous(), None
 
-    transformers.AttentionInterface.register("plain_causal", causal_attention)
-    return "plain_causal"
+    transformers.AttentionInterface.register(attention, plain_attention)
+    return attention
 
 
-def make_model(shape: dict[str, Any]) -> Any:
-    """The model with random weights, its attention causal without a mask array."""
+def make_model(shape: dict[str, Any], attention: str) -> Any:
+    """The model with random weights and the head of its objective."""
     import transformers  # pyright: ignore[reportMissingImports]
 
-    if shape["family"] == "llama":
-        config = transformers.LlamaConfig(
-            vocab_size=shape["vocab_size"],
-            hidden_size=shape["d_model"],
-            intermediate_size=shape["d_ff"],
-            num_hidden_layers=shape["blocks"],
-            num_attention_heads=shape["n_heads"],
-            num_key_value_heads=shape["n_heads"],
-            max_position_embeddings=shape["seq_len"],
-            tie_word_embeddings=False,
-            attention_dropout=0.0,
-            use_cache=False,
-        )
-    else:
-        config = transformers.GPT2Config(
-            vocab_size=shape["vocab_size"],
-            n_positions=shape["seq_len"],
-            n_embd=shape["d_model"],
-            n_layer=shape["blocks"],
-            n_head=shape["n_heads"],
-            n_inner=shape["d_ff"],
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-        )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=register_plain_causal())
+    entries = {name: value for name, value in shape["model"].items() if name != "model_type"}
+    is_causal = shape["masked_share"] is None
+    kind = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
+    config = transformers.AutoConfig.for_model(shape["model"]["model_type"], **entries, use_cache=False)
+    named = _register_plain(attention) if attention in PLAIN else attention
+    model = kind.from_config(config, attn_implementation=named)
+    # The name of GPT-2's class does not tell its loss, and a warning about that would cut the graph in two.
+    model.loss_type = "ForCausalLM" if is_causal else "ForMaskedLM"
+    return model
 
 
-def make_step(shape: dict[str, Any], weights: str, device: str) -> tuple[Callable[[], Any], int]:
+def make_inputs(shape: dict[str, Any], model: Any, device: str) -> dict[str, Any]:
+    """Random tokens and what is asked of them; of masked models the hidden places alone, each at random."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    size = (shape["batch_size"], shape["seq_len"])
+    tokens = torch.randint(shape["model"]["vocab_size"], size, device=device)
+    if shape["masked_share"] is None:
+        return {"input_ids": tokens, "labels": tokens}
+    is_hidden = torch.rand(size, device=device) < shape["masked_share"]
+    inputs = {"input_ids": tokens.masked_fill(is_hidden, 0), "labels": tokens.masked_fill(~is_hidden, -100)}
+    if shape["model"]["model_type"] != "modernbert":
+        return inputs
+    return inputs | {"attention_mask": make_masks(model, shape["seq_len"], device)}
+
+
+def make_masks(model: Any, seq_len: int, device: str) -> dict[str, Any]:
+    """The masks of a model with local attention by kinds of layers, made by `transformers` as its model would.
+
+    Out of the step, and outside `torch.compile`, where a layer that reaches all places is known to need none.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import masking_utils  # pyright: ignore[reportMissingImports]
+
+    row = torch.empty((1, seq_len, 1), device=device, dtype=model.dtype)  # all rows are masked alike
+    given = {"config": model.config, "inputs_embeds": row, "attention_mask": None}
+    return {
+        "full_attention": masking_utils.create_bidirectional_mask(**given),
+        "sliding_attention": masking_utils.create_bidirectional_sliding_window_mask(**given),
+    }
+
+
+def make_step(attention: str, shape: dict[str, Any], weights: str, device: str) -> tuple[Callable[[], Any], int]:
     """Returns (one update on random tokens, giving the loss; how many parameters it trains)."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
-    model = make_model(shape).to(device=device, dtype=getattr(torch, weights)).train()
+    model = make_model(shape, attention).to(device=device, dtype=getattr(torch, weights)).train()
     parameters = list(model.parameters())
     optimizer = make_optimizer(parameters)
     compiled = torch.compile(model)
-    tokens = torch.randint(shape["vocab_size"], (shape["batch_size"], shape["seq_len"]), device=device)
+    inputs = make_inputs(shape, model, device)
 
     def step() -> Any:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=weights == "float32"):
-            loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss = compiled(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -209,7 +251,7 @@ def measure(name: str, make: MakeStep, steps: int) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - started
     step_seconds(step, WARMUP_STEPS, device)
     seconds = step_seconds(step, steps, device)
-    last = float(step())
+    last = float(step().detach())
     if not abs(last) < float("inf"):
         raise FloatingPointError(f"loss={last} after {steps} steps")
     return {
@@ -241,5 +283,12 @@ def print_measurements(
             torch.cuda.reset_peak_memory_stats()
 
 
+def main(argv: list[str]) -> None:
+    """Measures the shape that the last argument describes with every attention of its family."""
+    for attention in ATTENTIONS[json.loads(argv[-1])["model"]["model_type"]]:
+        names = {weights: Kind(attention, weights).name for weights in WEIGHTS}
+        print_measurements(argv, names.__getitem__, functools.partial(make_step, attention))
+
+
 if __name__ == "__main__":
-    print_measurements(sys.argv, row_name, make_step)
+    main(sys.argv)

@@ -83,8 +83,10 @@ def apply_embedding(
 ) -> Float[Array, "B T D"]:
     """Looks tokens up, adds token types (the first where none are given), learned positions and the norm, if any."""
     x = params["tokens"][inputs]
-    if model.token_types:
-        x = x + params["token_types"][jnp.zeros_like(inputs) if token_types is None else token_types]
+    if model.token_types and token_types is None:  # one row for all, whose gradient is a sum and no scatter
+        x = x + params["token_types"][0][None, None, :]
+    elif model.token_types:
+        x = x + params["token_types"][token_types]
     if model.positions == "learned":
         x = x + params["positions"][positions]
     if model.embedding_norm:

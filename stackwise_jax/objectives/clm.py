@@ -15,4 +15,5 @@ def corrupt(key: Key, batch: Batch) -> Example:
         weights=has_next(batch).astype(jnp.float32),
         segments=batch.segments,
         positions=batch.positions,
+        asks_everywhere=True,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.objectives import block_diffusion, clm, diffusion, mlm, prefix
+from stackwise_jax.objectives.rates import mean_rate
 from stackwise_jax.schema import ObjectiveConfig
 from stackwise_jax.types import Batch, Example, Key, Vocabulary
 
@@ -74,6 +75,20 @@ def make_corrupt(config: ObjectiveConfig, task: Task, vocabulary: Vocabulary, *,
         case "block_diffusion":
             return functools.partial(block_diffusion.corrupt, **masked)
     raise ValueError(f"no such objective: {task.objective!r}")
+
+
+def asked_share(config: ObjectiveConfig, task: Task, band: tuple[float, float] | None) -> float:
+    """Which part of the places a task asks for, on average; of the two halves under block diffusion together.
+
+    Args:
+      band: of masked fractions; None: the config's whole range.
+    """
+    if task.objective == "clm":
+        return 1.0
+    if task.objective == "prefix":
+        return 1.0 - config.prefix_share / 2
+    share = mean_rate(config, band)
+    return share / 2 if task.objective == "block_diffusion" else share
 
 
 def variants(config: ObjectiveConfig) -> int:

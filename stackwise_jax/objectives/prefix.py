@@ -27,7 +27,8 @@ def corrupt(key: Key, batch: Batch, *, share: float) -> Example:
     lengths = prefix_lengths(jax.random.fold_in(key, PREFIXES), batch.row_ids, batch.visits, longest)
     example = clm.corrupt(key, batch)
     asked = jnp.arange(T)[None, :] >= lengths[:, None] - 1
-    return dataclasses.replace(example, weights=jnp.where(asked, example.weights, 0.0), prefix_lengths=lengths)
+    weights = jnp.where(asked, example.weights, 0.0)
+    return dataclasses.replace(example, weights=weights, prefix_lengths=lengths, asks_everywhere=False)
 
 
 def prefix_lengths(

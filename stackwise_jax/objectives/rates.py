@@ -21,6 +21,7 @@ from stackwise_jax.types import AnyArray, Batch, Key
 
 # 2**32 divided by the golden ratio: the additive recurrence with the lowest discrepancy (Knuth, TAOCP 3, 6.4).
 _GOLDEN = 2654435769
+MEAN_DRAWS = 256  # that stand for all in a mean
 
 Curve = Callable[[Array], Array]
 
@@ -89,6 +90,14 @@ def rates_in(
     is_level = high <= low
     stretch = jnp.where(is_level, 1.0, (end - start) / jnp.where(is_level, 1.0, high - low))
     return rates, jnp.where(is_level, 1.0, stretch * schedule.slope(times))
+
+
+def mean_rate(config: ObjectiveConfig, band: tuple[float, float] | None) -> float:
+    """The mean over draws of the masked fraction in a band; None: in the config's whole range."""
+    low, high = band or (config.rate_min, config.rate_max)
+    units = (jnp.arange(MEAN_DRAWS, dtype=jnp.float32) + 0.5)[None, :] / MEAN_DRAWS
+    rates, _ = rates_in(units, jnp.array([[low, high]], jnp.float32), SCHEDULES[config.noise_schedule])
+    return float(jnp.mean(rates))
 
 
 def draw_units(

@@ -8,7 +8,7 @@ from stackwise_jax.memory import budget
 from stackwise_jax.models import weights
 from stackwise_jax.models.adapters import adapter_parameters
 from stackwise_jax.models.rack import count_parameters
-from stackwise_jax.objectives.objective import variants
+from stackwise_jax.objectives.objective import asked_share, variants
 from stackwise_jax.ops.target import Target
 from stackwise_jax.schema import RunConfig
 from stackwise_jax.train.curriculum import make_curriculum
@@ -126,6 +126,7 @@ def _branch_flops(config: RunConfig, branch: Branch, sig: Signature) -> float:
         table_is_live=table_is_live,
         adapter_parameters=_adapter_parameters(config, sig),
         attention=sig.task.attention,
+        loss_fraction=config.training.loss_fraction * asked_share(config.objective, sig.task, branch.band),
     )
     return per_token * config.training.batch_size * config.data.seq_len
 

@@ -141,6 +141,7 @@ def head_loss(
             weights.reshape(-1),
             chunk_tokens=program.config.training.loss_chunk_tokens,
             z_loss=z_loss,
+            asks_everywhere=example.asks_everywhere,
         )
 
     rows = [scored(places) for places in (hidden, example.targets, example.weights)]

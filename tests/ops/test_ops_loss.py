@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stackwise_jax.ops.loss import cross_entropy, token_losses
 
-M, V, D = 60, 96, 8
+M, V, D = 60, 128, 8
 Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -37,31 +37,46 @@ def plain(hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.
     return (weights * jnp.take_along_axis(losses, targets[:, None], axis=1)[:, 0]).sum()
 
 
-def chunked(chunk_tokens: int) -> Callable[..., jax.Array]:
-    return lambda *arrays: cross_entropy(*arrays, chunk_tokens=chunk_tokens)
+def chunked(chunk_tokens: int, *, asks_everywhere: bool = True) -> Callable[..., jax.Array]:
+    return lambda *arrays: cross_entropy(*arrays, chunk_tokens=chunk_tokens, asks_everywhere=asks_everywhere)
 
 
+@pytest.mark.parametrize("asks_everywhere", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [20, 7, 1000])
-def test_loss_is_the_formula_in_float64(key: jax.Array, tolerance: dict, chunk_tokens: int):
+def test_loss_is_the_formula_in_float64(key: jax.Array, tolerance: dict, chunk_tokens: int, asks_everywhere: bool):
     hidden, table, targets, weights = inputs(key)
     expected = losses_in_numpy(hidden, table, targets)
     each = token_losses(hidden, table, targets, chunk_tokens=chunk_tokens)
-    total = cross_entropy(hidden, table, targets, weights, chunk_tokens=chunk_tokens)
+    total = chunked(chunk_tokens, asks_everywhere=asks_everywhere)(hidden, table, targets, weights)
     np.testing.assert_allclose(each, expected, **tolerance["float32"])
     np.testing.assert_allclose(total, expected @ np.asarray(weights, np.float64), **tolerance["float32"])
     assert total.dtype == each.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("rows", [1, 63, 65, 127])
+def test_any_number_of_rows_of_the_table(key: jax.Array, tolerance: dict, rows: int):
+    hidden, table, targets, weights = inputs(key)
+    arrays = (hidden, table[:rows], targets % rows, weights)
+    (value, got), (exact, expected) = (
+        jax.value_and_grad(loss, argnums=(0, 1))(*arrays) for loss in (chunked(20), plain)
+    )
+    np.testing.assert_allclose(value, exact, **tolerance["float32"])
+    np.testing.assert_allclose(chunked(20)(*arrays), exact, **tolerance["float32"])
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, **tolerance["float32"])
+
+
+@pytest.mark.parametrize("asks_everywhere", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [20, 7, 1000])
 @pytest.mark.parametrize("argnums", [(0,), (1,), (0, 1)])
 def test_gradients_are_those_of_the_plain_formula(
-    key: jax.Array, tolerance: dict, chunk_tokens: int, argnums: tuple[int, ...]
+    key: jax.Array, tolerance: dict, chunk_tokens: int, argnums: tuple[int, ...], asks_everywhere: bool
 ):
     arrays = inputs(key)
     # Scaled by a cotangent other than 1, as a mean or a second loss term would.
     got, expected = (
         jax.jit(jax.grad(lambda *a, loss=loss: 0.3 * loss(*a), argnums=argnums))(*arrays)
-        for loss in (chunked(chunk_tokens), plain)
+        for loss in (chunked(chunk_tokens, asks_everywhere=asks_everywhere), plain)
     )
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, **tolerance["float32"])
@@ -82,6 +97,29 @@ def test_places_of_weight_zero_give_no_gradient(key: jax.Array):
     d_table = jax.grad(chunked(7), argnums=1)
     other_places = (hidden + 5.0 * unasked[:, None], table, jnp.where(unasked, 0, targets), weights)
     np.testing.assert_array_equal(d_table(*other_places), d_table(hidden, table, targets, weights))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 11), st.integers(0, 99), st.sampled_from([0.0, 0.2, 0.9, 1.0]))
+def test_leaving_places_out_changes_nothing(places: int, chunk_tokens: int, seed: int, share: float):
+    hidden, table, targets, weights = inputs(jax.random.key(seed), places)
+    weights = jnp.where(jax.random.uniform(jax.random.key(seed + 1), (places,)) < share, 1.0 + weights, 0.0)
+    results = [
+        jax.value_and_grad(chunked(chunk_tokens, asks_everywhere=own), argnums=(0, 1))(hidden, table, targets, weights)
+        for own in (True, False)
+    ]
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_places_that_are_left_out_are_not_read(key: jax.Array):
+    """0 times what is no number is no number: the twin, which computes every place, shows it."""
+    hidden, table, targets, weights = inputs(key)
+    spoilt = jnp.where((weights == 0)[:, None], jnp.nan, hidden)
+    for asks_everywhere in (False, True):
+        loss = chunked(7, asks_everywhere=asks_everywhere)
+        found = jax.tree.leaves(jax.value_and_grad(loss, argnums=(0, 1))(spoilt, table, targets, weights))
+        assert all(bool(jnp.isfinite(own).all()) for own in found) == (not asks_everywhere)
 
 
 def test_places_of_weight_zero_detects_a_small_weight(key: jax.Array):
