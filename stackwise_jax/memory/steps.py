@@ -150,6 +150,12 @@ class _Flattened:
             if eqn.params.get("prevent_cse") and eqn.params.get("differentiated"):  # a second computation begins here
                 self._step("optimization_barrier", BARRIER, operands, [])
             return self.inline(inner, operands)
+        if name == "split" and set(eqn.params["sizes"]) == {1} and eqn.params["axis"] == 0:  # as in an unrolled loop
+            whole = operands[0]
+            slices = (self._slice(whole, variable.aval, turn) for turn, variable in enumerate(eqn.outvars))
+            return whole if isinstance(whole, list) else list(slices)
+        if name == "concatenate" and eqn.params["dimension"] == 0 and all(own.aval.shape[0] == 1 for own in eqn.invars):
+            return [operands]  # the other way
         if name == "dot_general":
             operands = self._as_multiplied(eqn, operands)
         return self._add(eqn, OPAQUE if inner is not None else _kind(name), operands)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32
 
+from stackwise_jax.models import weights
 from stackwise_jax.models.experts import ExpertFeedForward
 from stackwise_jax.models.latent_attention import LatentAttention, LowRankAttention
 from stackwise_jax.models.layers import FeedForward, Linear, Modulation, Norm, dropout, modulations
@@ -33,7 +34,7 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         context: Context,
         stored: Store | None,
-        is_local: Float[Array, ""] | None = None,
+        is_local: weights.Fact | None = None,
     ) -> tuple[Float[Array, "B T D"], Store | None]:
         B, T, _ = x.shape
         model = self.model
@@ -114,11 +115,13 @@ class Block(nn.Module):
           ValueError: earlier places are stored, of which blocks that look ahead have none that would stay as they are.
         """
         is_causal = self._fact("is_causal")
-        if is_causal is None:
+        if is_causal is None or is_causal is False:
             return context
         if not isinstance(context.mask, Mask):
             raise ValueError("a rack with model.causal_from is read whole: its first blocks see places to come")
-        ahead = jnp.where(is_causal > 0, 0, context.positions.shape[1])
+        if is_causal is True and context.mask.kind == "bidirectional":
+            return dataclasses.replace(context, mask=dataclasses.replace(context.mask, kind="causal"))
+        ahead = 0 if is_causal is True else jnp.where(is_causal > 0, 0, context.positions.shape[1])
         return dataclasses.replace(context, mask=dataclasses.replace(context.mask, ahead=ahead))
 
     def _modulations(self, context: Context) -> tuple[Modulation | None, Modulation | None]:
@@ -128,15 +131,18 @@ class Block(nn.Module):
         of_attention, of_mlp = modulations(self.get_variable("params", "adaptive"), context.time, 2)
         return of_attention, of_mlp
 
-    def _fact(self, name: str) -> Float[Array, ""] | None:
+    def _fact(self, name: str) -> weights.Fact | None:
         """See `weights.block_facts`; None where all blocks are alike in it."""
         fact = self.get_variable("params", name)
-        return None if fact is None else jax.lax.stop_gradient(fact)
+        return fact if fact is None or isinstance(fact, bool) else jax.lax.stop_gradient(fact)
 
     def _read(self, x: Float[Array, "B T D"], change: Modulation | None) -> Float[Array, "B T D"]:
         """What attention reads of a pre-norm block; without a norm nothing tells it the time."""
-        normed, is_first = self.attention_norm(x, change), self._fact("is_first")
-        return normed if is_first is None else jnp.where(is_first > 0, x, normed)
+        is_first = self._fact("is_first")
+        if is_first is True:
+            return x
+        normed = self.attention_norm(x, change)
+        return normed if is_first is None or is_first is False else jnp.where(is_first > 0, x, normed)
 
     def _branch(self, added: Float[Array, "B T D"], key: Key | None) -> Float[Array, "B T D"]:
         """What a residual connection adds, after dropout and the block's gain."""

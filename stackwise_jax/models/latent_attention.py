@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
         x: Float[Array, "B T D"],
         context: Context,
         stored: Store | None,
-        is_local: Float[Array, ""] | None = None,
+        is_local: weights.Fact | None = None,
     ) -> tuple[Float[Array, "B T D"], Store | None]:
         B, T, _ = x.shape
         model, rank = self.model, typing.cast(int, self.model.latent.kv_rank)
@@ -79,7 +79,7 @@ class LatentAttention(nn.Module):
         return self.output(mixed.reshape(B * T, -1)).reshape(x.shape), stored
 
     def _queries(
-        self, rows: Float[Array, "M D"], context: Context, is_local: Float[Array, ""] | None
+        self, rows: Float[Array, "M D"], context: Context, is_local: weights.Fact | None
     ) -> Float[Array, "B T N H"]:
         """Each head's own coordinates, then those that meet the rotary key."""
         model, (B, T) = self.model, context.positions.shape
@@ -106,7 +106,7 @@ class LatentAttention(nn.Module):
         queries: Float[Array, "B T N H"],
         entries: Float[Array, "B S R"],
         context: Context,
-        is_local: Float[Array, ""] | None,
+        is_local: weights.Fact | None,
     ) -> Float[Array, "B T N V"]:
         """New places against the stored ones, in the cheaper of two equal ways."""
         model, T = self.model, queries.shape[1]
@@ -164,7 +164,7 @@ class LowRankAttention(nn.Module):
         x: Float[Array, "B T D"],
         context: Context,
         stored: Store | None,
-        is_local: Float[Array, ""] | None = None,
+        is_local: weights.Fact | None = None,
     ) -> tuple[Float[Array, "B T D"], Store | None]:
         B, T, _ = x.shape
         model, n_heads = self.model, typing.cast(int, self.model.n_kv_heads)

@@ -31,16 +31,19 @@ class Context:
         sums it is the `Mask` of the places that are read now, and the past is what the last of them sees.
       write_at: with stored keys, the slot that the first query's key goes to.
       time: what blocks are told of each row's masked fraction (`models.rack.time_vector`), where `model.time_input`.
+      cuts_rows: attention inside a window may cut rows into blocks (`ops/window.py`). Not where rows are spread over
+        devices: what blocks see is no data of theirs, and would lie whole beside a device's share of them.
     """
 
     positions: Int[Array, "B T"]
     mask: Mask | Bool[Array, "B 1 T S"]
     write_at: Int[Array, ""] | int = 0
     time: Float[Array, "B C"] | None = None
+    cuts_rows: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 def rotated(
-    x: Float[Array, "B T N H"], context: Context, model: ModelConfig, is_local: Float[Array, ""] | None
+    x: Float[Array, "B T N H"], context: Context, model: ModelConfig, is_local: weights.Fact | None
 ) -> Float[Array, "B T N H"]:
     """Queries or keys turned by their positions, where positions are rotary."""
     if model.positions != "rotary":
@@ -57,14 +60,14 @@ def mix(
     model: ModelConfig,
     *,
     dtype: DTypeLike,
-    is_local: Float[Array, ""] | None,
+    is_local: weights.Fact | None,
 ) -> tuple[Float[Array, "B T N V"], Store | None]:
     """Softmax attention, of dot products or of a kernel, or kernel attention in linear time, with what is stored.
 
     Args:
       queries, keys: after rotation.
       stored: of earlier places; what is returned holds these too. None: the rows attend to themselves alone.
-      is_local: 1 where the block has the model's window, 0 where it has none; None: all blocks are alike.
+      is_local: whether the block has the model's window, or 1 and 0 for it; None: all blocks are alike.
     """
     if model.is_linear_time:
         return _mix_in_linear_time(queries, keys, values, context, stored, model)
@@ -81,12 +84,16 @@ def mix(
 
 
 def within_reach(
-    context: Context, model: ModelConfig, is_local: Array | None, length: int
+    context: Context, model: ModelConfig, is_local: weights.Fact | None, length: int
 ) -> Mask | Bool[Array, "B 1 T S"]:
     """The mask of a block, cut to the model's window unless the block is one of those that reach all `length` keys."""
-    if model.window is None:
+    if model.window is None or is_local is False:
         return context.mask
-    window = model.window if is_local is None else jnp.where(is_local > 0, model.window, length)
+    window: Array | int = model.window
+    if is_local is not None and is_local is not True:
+        window = jnp.where(is_local > 0, window, length)
+    elif not context.cuts_rows:
+        window = jnp.int32(window)
     return within_window(context.mask, window, context.write_at)
 
 
@@ -136,10 +143,12 @@ def _key_heads(model: ModelConfig) -> int:
     return typing.cast(int, model.n_kv_heads)
 
 
-def _rope_frequencies(model: ModelConfig, width: int, is_local: Array | None) -> Float32[Array | np.ndarray, "h"]:
+def _rope_frequencies(
+    model: ModelConfig, width: int, is_local: weights.Fact | None
+) -> Float32[Array | np.ndarray, "h"]:
     """Of rotary positions; those of a local block may have a base of their own."""
     of_all = rope_frequencies(width, model.rope_theta, model.rope_scaling)
-    if is_local is None or model.rope_theta_local is None:
+    if is_local is None or is_local is False or model.rope_theta_local is None:
         return of_all
     of_local = rope_frequencies(width, model.rope_theta_local, model.rope_scaling)
-    return jnp.where(is_local > 0, of_local, of_all)
+    return of_local if is_local is True else jnp.where(is_local > 0, of_local, of_all)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +88,7 @@ def apply_penalised_stack(
     unroll: int = 1,
     key: Key | None = None,
     around: Callable[[Body], Body] = lambda body: body,
+    known: Sequence[Mapping[str, bool]] = (),
 ) -> tuple[Float[Array, "B T D"], Float32[Array, ""] | None]:
     """Runs the blocks of a stack in turn.
 
@@ -100,6 +101,8 @@ def apply_penalised_stack(
         backward pass keeps into and out of arrays with a block axis.
       key: for dropout; None leaves it out.
       around: is put around each block; on several devices it brings the block's weights together.
+      known: facts about each block (`weights.known_facts`), which then is another program for another fact. They have
+        no part in a loop, whose turns are one program.
 
     Returns:
       Activations, and what the routers of all blocks add to the training loss, a token (None without experts).
@@ -108,18 +111,38 @@ def apply_penalised_stack(
     n_blocks = stack_size(params)
     keys = None if key is None or model.dropout == 0.0 else jax.random.split(key, n_blocks)
 
-    def body(hidden: Array, of_block: tuple[Params, Key | None]) -> tuple[Array, Array | None]:
+    def body(
+        facts: Mapping[str, bool], hidden: Array, of_block: tuple[Params, Key | None]
+    ) -> tuple[Array, Array | None]:
         block_params, block_key = of_block
-        hidden, _, penalty = typing.cast(Any, block.apply({"params": block_params}, hidden, context, block_key))
+        own = {"params": {**block_params, **facts}}
+        hidden, _, penalty = typing.cast(Any, block.apply(own, hidden, context, block_key))
         return hidden, penalty
 
     unroll = min(unroll, n_blocks)
     without_loop = n_blocks < 2 * unroll  # a loop of one turn is none to the compiler
+
+    def turn_of(facts: Mapping[str, bool]) -> Body:
+        return REMAT[remat](around(functools.partial(body, facts)), without_loop)
+
     if without_loop:
         params, x = _decoded_here(params, x)
-    turn = REMAT[remat](around(body), without_loop)
-    x, penalties = jax.lax.scan(turn, x.astype(dtype), (params, keys), length=n_blocks, unroll=unroll)
-    return x, None if penalties is None else jnp.sum(penalties)
+    x = x.astype(dtype)
+    if not (without_loop and any(known)):
+        x, penalties = jax.lax.scan(turn_of({}), x, (params, keys), length=n_blocks, unroll=unroll)
+        return x, None if penalties is None else jnp.sum(penalties)
+    collected = []
+    for facts, of_block in zip(known, _apart((params, keys), n_blocks), strict=True):
+        x, penalty = turn_of(facts)(x, of_block)
+        collected.append(penalty)
+    return x, None if collected[0] is None else jnp.sum(jnp.stack(collected))
+
+
+def _apart(tree: Any, n_blocks: int) -> list[Any]:
+    """What each block has of a tree. Its gradients are put together again: slices would each have a whole array's."""
+    leaves, structure = jax.tree.flatten(tree)
+    columns = [[jnp.squeeze(own, 0) for own in jax.lax.split(leaf, (1,) * n_blocks)] for leaf in leaves]
+    return [structure.unflatten(own) for own in zip(*columns, strict=True)]
 
 
 def decode_stack(

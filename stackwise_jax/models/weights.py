@@ -8,11 +8,12 @@ import dataclasses
 import math
 import typing
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from stackwise_jax.schema import ModelConfig
 from stackwise_jax.types import Key, Params
@@ -213,6 +214,10 @@ def stores_latents(model: ModelConfig) -> bool:
     return model.attention_kind == "mla" and model.latent.form == "shared"
 
 
+Fact = bool | Float[Array, ""]
+"""What a block is told of itself: known while tracing, or a number among its weights."""
+
+
 def block_facts(model: ModelConfig, block: int | Array) -> dict[str, Array]:
     """What sets block number `block` of a rack apart from others, where blocks differ: 1.0 for yes, 0.0 for no.
 
@@ -221,13 +226,38 @@ def block_facts(model: ModelConfig, block: int | Array) -> dict[str, Array]:
     its weights, so that unlike blocks are scanned alike, however stacks are cut (`models.stack.placed` says them anew
     where a stack comes to another place).
     """
+    return {name: jnp.float32(fact) for name, fact in _facts(model, jnp.asarray(block)).items()}
+
+
+def known_facts(model: ModelConfig, first_blocks: Collection[int], n_blocks: int) -> list[dict[str, bool]]:
+    """`block_facts` of the blocks of a stack, as far as they are the same wherever in the rack it may begin.
+
+    Args:
+      first_blocks: numbers of the blocks that it may begin with.
+      n_blocks: of the stack.
+
+    >>> model = ModelConfig(window=64, global_every=3)
+    >>> known_facts(model, (0, 3), 3)
+    [{'is_local': False}, {'is_local': True}, {'is_local': True}]
+    >>> known_facts(model, (0, 4), 3)[0]
+    {}
+    """
+    known = []
+    for place in range(n_blocks):
+        cases = [_facts(model, first + place) for first in first_blocks]
+        alike = [name for name in _facts(model, 0) if len({case[name] for case in cases}) == 1]
+        known.append({name: cases[0][name] for name in alike})
+    return known
+
+
+def _facts(model: ModelConfig, block: Any) -> dict[str, Any]:
     facts = {}
     if model.window is not None and model.global_every is not None:
-        facts["is_local"] = jnp.float32(jnp.asarray(block) % model.global_every != 0)
+        facts["is_local"] = block % model.global_every != 0
     if model.causal_from is not None:
-        facts["is_causal"] = jnp.float32(jnp.asarray(block) >= model.causal_from)
+        facts["is_causal"] = block >= model.causal_from
     if not model.first_attention_norm:
-        facts["is_first"] = jnp.float32(jnp.asarray(block) == 0)
+        facts["is_first"] = block == 0
     return facts
 
 

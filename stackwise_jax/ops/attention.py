@@ -1,8 +1,10 @@
 """Attention: the one public call, the exact reference, and the decision which kernel serves a call.
 
 Softmax attention (Vaswani et al., 2017) with grouped queries (Ainslie et al., 2023): K key-value heads serve N query
-heads. A kernel is never given a window: cuDNN's window without causality attends to the whole future. What is neither
-causal nor bidirectional goes to it as an array, which it reads whole: places that are not seen cost as much as others.
+heads. A kernel is never told a window: cuDNN's window without causality attends to the whole future. Rows are cut into
+blocks of places with the keys around them instead (`ops/window.py`), as far as their number and the window, which must
+be known while tracing, allow. All else that is neither causal nor bidirectional goes to a kernel as an array, which it
+reads whole: places that are not seen cost as much as others.
 """
 
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from stackwise_jax.errors import UserError, did_you_mean
 from stackwise_jax.ops.mask import Mask
 from stackwise_jax.ops.target import cuda_capability, is_cpu, is_planned
+from stackwise_jax.ops.window import cut_rows, find_cut
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn")
 Kernel = Literal["xla", "cudnn"]
@@ -62,6 +65,10 @@ def attention(
     if implementation == "reference":
         visible = mask.as_array(q.shape[1]) if isinstance(mask, Mask) else mask
         return _reference(q, k, v, visible, scale)
+    if isinstance(mask, Mask) and (cut := find_cut(mask, q.shape[1])) is not None:
+        own_q, own_k, own_v, visible = cut_rows(q, k, v, mask, cut)
+        mixed = attention(own_q, own_k, own_v, visible, implementation=implementation, scale=scale)
+        return mixed.reshape(*q.shape[:3], -1)
 
     width = v.shape[-1]
     q, k, v = _of_one_width(q, k, v)

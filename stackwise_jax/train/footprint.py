@@ -16,6 +16,7 @@ from stackwise_jax.memory import budget
 from stackwise_jax.memory.fusion import MATMUL_WORKSPACE
 from stackwise_jax.memory.liveness import Peak, Stored, peak_memory
 from stackwise_jax.memory.precision import DTYPES, decoded
+from stackwise_jax.models import weights
 from stackwise_jax.objectives.objective import Task
 from stackwise_jax.ops.target import NO_GPU, Target, planned_for
 from stackwise_jax.schema import (
@@ -31,7 +32,7 @@ from stackwise_jax.schema import (
 )
 from stackwise_jax.train.chain_programs import ChainPrograms
 from stackwise_jax.train.chained import make_chained_evaluation, make_chained_step
-from stackwise_jax.train.phases import Name, Role, Signature
+from stackwise_jax.train.phases import Name, Role, Signature, stack_sizes
 from stackwise_jax.train.program import Program
 from stackwise_jax.train.scaling import init_scaling
 from stackwise_jax.train.state import PartSource, TrainState, adapter_name, part_shape
@@ -44,12 +45,17 @@ _KEPT_SECTIONS = ("model", "objective", "training", "optimizer", "precision")
 
 
 def comparable(config: RunConfig) -> RunConfig:
-    """The config of one device's share of the rows, without what changes no shape; equal ones are counted once."""
-    training = config.training
+    """The config of one device's share of the rows, without what changes no shape; equal ones are counted once.
+
+    How a rack is cut is kept where blocks differ by their place: it decides what their program knows of them.
+    """
+    training, sizes = config.training, stack_sizes(config)
+    differ = any(weights.known_facts(config.model, (0,), 1))
+    architecture = ArchitectureConfig(len(sizes), sizes[0]) if differ else ArchitectureConfig(1, 1)
     rows = max(training.accumulation_steps, training.batch_size // config.mesh.n_devices)
     same: dict[str, Any] = {"mode": "stackwise", "phase_budget": "", "embedding_budget": "", "embedding_phase": ""}
     kept = {name: getattr(config, name) for name in _KEPT_SECTIONS}
-    kept["model"] = dataclasses.replace(config.model, architecture=ArchitectureConfig(n_stacks=1, blocks_per_stack=1))
+    kept["model"] = dataclasses.replace(config.model, architecture=architecture)
     kept["training"] = dataclasses.replace(training, **same, head="", batch_size=rows)
     kept["optimizer"] = dataclasses.replace(config.optimizer, learning_rate=1.0)
     data = DataConfig(seq_len=config.data.seq_len, isolate_documents=config.data.isolate_documents)

@@ -9,13 +9,14 @@ from jaxtyping import Array, Float, Float32, Int
 from stackwise_jax.data.tokenizer import Tokenizer
 from stackwise_jax.memory.placement import Placement, make_placement
 from stackwise_jax.memory.precision import DTYPES
+from stackwise_jax.models import weights
 from stackwise_jax.models.adapters import attach
 from stackwise_jax.models.block import Context
 from stackwise_jax.models.rack import apply_embedding, row_context, time_vector
-from stackwise_jax.models.stack import apply_penalised_stack, apply_stack
+from stackwise_jax.models.stack import apply_penalised_stack, apply_stack, stack_size
 from stackwise_jax.objectives.objective import Task, make_corrupt, tasks
 from stackwise_jax.schema import RunConfig
-from stackwise_jax.train.phases import Role
+from stackwise_jax.train.phases import Role, stack_sizes
 from stackwise_jax.types import AnyArray, Batch, Example, Key, Params, Vocabulary
 
 # Streams of the run's key that steps draw from (models/rack.py uses 0 to 2).
@@ -87,7 +88,7 @@ class Program:
           embedding: with what turns masked fractions into a vector, where the model takes time as input.
         """
         model = self.config.model
-        return row_context(
+        context = row_context(
             model,
             example.segments if self.config.data.isolate_documents else None,
             example.positions,
@@ -96,6 +97,7 @@ class Program:
             block_length=self.config.objective.block_length if task.attention == "block_diffusion" else None,
             time=self._time(example, embedding),
         )
+        return dataclasses.replace(context, cuts_rows=self.placement.mesh is None)
 
     def _time(self, example: Example, embedding: Params) -> Float[Array, "B C"] | None:
         if not self.config.model.time_input or example.rates is None:
@@ -157,8 +159,15 @@ class Program:
             unroll=training.unroll_blocks,
             key=key,
             around=self.placement.around_block(dtype),
+            known=weights.known_facts(self.config.model, self._first_blocks, stack_size(params)),
         )
         return self.placement.as_rows(x), penalty
+
+    @property
+    def _first_blocks(self) -> list[int]:
+        """Numbers of the blocks that stacks of the rack begin with. One program serves all stacks of a shape."""
+        sizes = stack_sizes(self.config)
+        return [sum(sizes[:number]) for number in range(len(sizes))]
 
     def apply_trunk_stack(self, params: Params, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Runs a stack of the trunk, which no gradient reaches."""

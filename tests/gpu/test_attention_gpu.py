@@ -1,5 +1,7 @@
 """cuDNN's attention against the float32 reference on the card: values, gradients, leaks, and its known traps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from stackwise_jax.errors import UserError
 from stackwise_jax.ops.attention import attention, cudnn_refusal
 from stackwise_jax.ops.mask import Mask, decoding_mask
+from stackwise_jax.ops.window import find_cut
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +61,45 @@ def test_cudnn_is_the_reference(key: jax.Array, tolerance: dict, shape: tuple, k
     wide = tuple(x.astype(jnp.float32) for x in arrays)
     results = zip(value_and_gradients("cudnn", mask, arrays), value_and_gradients("reference", mask, wide), strict=True)
     for got, expected in results:
+        assert relative_error(got, expected) < tolerance["bfloat16"]["rtol"]
+
+
+LONG = (2, 1024, 8, 2, 64)
+
+
+def window_results(kind: str, window: int, other: int) -> list[tuple[jax.Array, jax.Array]]:
+    """What cuDNN makes of a window, of which it gets blocks, and the reference of `other`, on whole rows."""
+    arrays = inputs(jax.random.key(0), LONG)
+    ours, theirs = (dataclasses.replace(make_mask(kind, *LONG[:2]), window=own) for own in (window, other))
+    wide = tuple(x.astype(jnp.float32) for x in arrays)
+    results = value_and_gradients("cudnn", ours, arrays), value_and_gradients("reference", theirs, wide)
+    return list(zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("window", [1, 64, 100, 128])
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "causal packed", "bidirectional packed"])
+def test_cudnn_is_the_reference_inside_a_window(tolerance: dict, kind: str, window: int):
+    assert find_cut(dataclasses.replace(make_mask(kind, *LONG[:2]), window=window), LONG[1]) is not None
+    for got, expected in window_results(kind, window, window):
+        assert relative_error(got, expected) < tolerance["bfloat16"]["rtol"]
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional packed"])
+def test_cudnn_is_the_reference_inside_a_window_detects_another_window(tolerance: dict, kind: str):
+    for got, expected in window_results(kind, 64, 60):
+        assert relative_error(got, expected) > tolerance["bfloat16"]["rtol"]
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "bidirectional packed"])
+def test_strongly_negative_logits_inside_a_window_give_no_nan(tolerance: dict, kind: str):
+    """As below; zeros beyond the ends of a row, whose logits are the largest, are seen by nobody."""
+    q, k, v = inputs(jax.random.key(0), LONG)
+    q, k = q.at[..., 0].set(30.0), k.at[..., 0].set(-30.0)  # logits near -112
+    mask = dataclasses.replace(make_mask(kind, *LONG[:2]), window=64)
+    wide = tuple(x.astype(jnp.float32) for x in (q, k, v))
+    results = value_and_gradients("cudnn", mask, (q, k, v)), value_and_gradients("reference", mask, wide)
+    for got, expected in zip(*results, strict=True):
+        assert bool(jnp.isfinite(got).all())
         assert relative_error(got, expected) < tolerance["bfloat16"]["rtol"]
 
 

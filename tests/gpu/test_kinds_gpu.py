@@ -4,7 +4,6 @@ The loss and the norm of the gradient stand for all of it: a kernel that reads o
 more than bf16 does.
 """
 
-from typing import Any
 
 import jax
 import pytest

@@ -1,6 +1,7 @@
 """The memory of programs that are small enough to be counted by hand."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ from stackwise_jax.memory import liveness
 from stackwise_jax.memory.liveness import packed_bytes, peak_memory
 from stackwise_jax.models import families
 from stackwise_jax.models.block import Context
-from stackwise_jax.models.stack import apply_stack, init_stack
+from stackwise_jax.models.stack import apply_penalised_stack, init_stack
 from stackwise_jax.ops.mask import Mask
 from stackwise_jax.ops.target import HOPPER, planned_for
+from stackwise_jax.schema import ModelConfig
 
 ROWS, WIDTH, HIDDEN = 512, 256, 1024
 X, UP, DOWN = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((ROWS, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
@@ -109,16 +111,18 @@ def test_pieces_share_a_buffer() -> None:
 MODEL = resolve({"model": families.llama("tiny")}).model
 
 
-def step_memory(blocks: int, remat: str) -> tuple[int, int]:
+def step_memory(
+    blocks: int, remat: str, model: ModelConfig = MODEL, known: Sequence[dict[str, bool]] = ()
+) -> tuple[int, int]:
     """(temporary bytes of a step of so many blocks of bf16, bytes that its backward pass is handed)."""
     B, T = 8, 256
     positions = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    params = jax.eval_shape(lambda: init_stack(jax.random.key(0), MODEL, 0, blocks))
-    x = jax.ShapeDtypeStruct((B, T, MODEL.d_model), jnp.bfloat16)
+    params = jax.eval_shape(lambda: init_stack(jax.random.key(0), model, 0, blocks))
+    x = jax.ShapeDtypeStruct((B, T, model.d_model), jnp.bfloat16)
 
     def loss(params: Any, x: Any, positions: Any) -> Any:
-        context = Context(positions, Mask("causal", None, None, None))
-        out = apply_stack(params, x, context, MODEL, dtype=jnp.bfloat16, remat=remat, unroll=blocks)
+        context, how = Context(positions, Mask("causal", None, None, None)), {"remat": remat, "unroll": blocks}
+        out, _ = apply_penalised_stack(params, x, context, model, dtype=jnp.bfloat16, known=known, **how)
         return out.astype(jnp.float32).sum()
 
     with planned_for(HOPPER):
@@ -135,3 +139,15 @@ def test_another_block_costs_what_its_backward_pass_is_handed() -> None:
     assert three - two == pytest.approx(kept_three - kept_two, rel=0.06)
     full = step_memory(3, "full")[0] - step_memory(2, "full")[0]
     assert full < 0.5 * (three - two)  # the twin: what is computed anew is not there to be handed on
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_blocks_apart_take_what_an_unrolled_loop_takes(remat: str) -> None:
+    """Facts that are known make a Python loop of what else is a scan."""
+    model = dataclasses.replace(MODEL, first_attention_norm=False)
+    scanned, apart, more = (
+        step_memory(blocks, remat, model, [{"is_first": False}] * known)[0]
+        for blocks, known in ((4, 0), (4, 4), (5, 5))
+    )
+    assert apart == pytest.approx(scanned, rel=0.03)
+    assert more > 1.06 * scanned  # the twin

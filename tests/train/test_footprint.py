@@ -94,6 +94,26 @@ def test_equal_programs_are_counted_once() -> None:
     assert footprint.comparable(config) != footprint.comparable(wider)
 
 
+def test_racks_of_unlike_blocks_are_counted_as_they_are_cut() -> None:
+    """Where the programs of stacks know what their blocks are, none is given a mask array."""
+    objective = {"name": "mlm"}
+    unlike = SMALL["model"] | {"attention": "bidirectional", "window": 64, "global_every": 2}
+    whole, cut = (
+        config_of(
+            SMALL | {"model": unlike | {"architecture": architecture}, "objective": objective},
+            SMALL_TRAINING | {"remat": "full"},
+        )
+        for architecture in ({"n_stacks": 1, "blocks_per_stack": 4}, {"n_stacks": 4, "blocks_per_stack": 1})
+    )
+    assert footprint.comparable(whole) != footprint.comparable(cut)
+    for config, knows in ((whole, True), (cut, False)):
+        comparable = footprint.comparable(config)
+        program = footprint.Program(comparable, footprint._vocabulary(comparable), 32)
+        size = comparable.model.architecture.blocks_per_stack
+        known = footprint.weights.known_facts(comparable.model, program._first_blocks, size)
+        assert known == ([{"is_local": bool(place % 2)} for place in range(4)] if knows else [{}])
+
+
 def test_a_phase_is_counted_at_all_its_moments() -> None:
     plan = make_plan(config_of(LARGE, LARGE_TRAINING), None)
     moments = device_moments(plan, 2, H200)
