@@ -6,6 +6,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("STACKWISE_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":  # halves a suite that mostly compiles
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+import gc
 import random
 import tempfile
 from collections.abc import Callable
@@ -17,14 +18,19 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Every run in a test compiles its own programs; those that an earlier test compiled come from here.
-COMPILED = tempfile.TemporaryDirectory(prefix="stackwise-compiled-")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+# Every run in a test compiles its own programs; those that an earlier test of any worker compiled come from here.
+if "STACKWISE_TEST_COMPILED" not in os.environ:  # workers inherit it from the process that starts them
+    COMPILED = tempfile.TemporaryDirectory(prefix="stackwise-compiled-")
+    os.environ["STACKWISE_TEST_COMPILED"] = COMPILED.name
+jax.config.update("jax_compilation_cache_dir", os.environ["STACKWISE_TEST_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-# Every module but types.py: JAX rebuilds its pytree classes around things that are not arrays.
-CHECKED = ("ops", "models", "objectives", "memory", "train", "data", "evals", "generate", "bench", "interop")
+# Every module but types.py: JAX rebuilds its pytree classes around things that are not arrays; and data/permutation.py,
+# whose integers are mixed tens of thousands of times in a run: a check costs many times what it checks.
+CHECKED = ("ops", "models", "objectives", "memory", "train", "evals", "generate", "bench", "interop")
 CHECKED += ("config", "checks", "report", "evaluate", "command")
+DATA = Path(__file__).parents[1] / "stackwise_jax" / "data"
+CHECKED += tuple(f"data.{path.stem}" for path in sorted(DATA.glob("*.py")) if path.stem != "permutation")
 install_import_hook([f"stackwise_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from stackwise_jax import config as config_lib
@@ -33,6 +39,11 @@ from stackwise_jax.schema import RunConfig
 
 # One table of tolerances by dtype for comparisons that cannot be bitwise; tests use it and never loosen it.
 TOLERANCE = {"float32": {"rtol": 2e-5, "atol": 2e-6}, "bfloat16": {"rtol": 2e-2, "atol": 2e-2}}
+
+
+def pytest_collection_finish() -> None:
+    """What modules hold stays to the end: the garbage collector need not go through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture

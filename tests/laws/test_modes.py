@@ -17,6 +17,14 @@ from stackwise_jax.train.trained import load_trained
 # The modes are those of the small configs, at a size that takes seconds.
 MODES = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "small.py"))["MODES"]
 TINY = {"training.fusion.budget": "6 steps", "training.progressive.rebuild_every": 2, "objective.block_length": 8}
+# Stacks, where two do not show the mode: frozen ones on both sides of a cache or of adapters of unlike ranks, a stack
+# that is passed over, a band of two stacks and one of one, growth by one stack, by as many as there are and by more.
+N_STACKS = {
+    **dict.fromkeys(("layerwise", "right_to_left", "progressive_adapters", "tail_adapters", "last_stack"), 3),
+    **dict.fromkeys(("depth_independent", "depth_right_to_left", "depth_left_to_right", "depth_levels"), 3),
+    **dict.fromkeys(("prepended_all_live", "late_expansion"), 3),
+    "doubling": 4,
+}
 
 
 def run_and_copy(config: Any, corpus: Any, folder: Path, copy: Path, step: int) -> tuple[loop.Run, loop.Result]:
@@ -46,8 +54,9 @@ def leaves(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def at_tiny_size(mode: dict[str, Any]) -> dict[str, Any]:
+def at_tiny_size(name: str) -> dict[str, Any]:
     """Fields for `tiny`: a small config's, with budgets of a few steps and just as many stacks as show the mode."""
+    mode = MODES[name]
     is_whole = mode.get("training.mode") == "end_to_end" or mode.get("training.progressive.trunk_strategy") == "full"
     fields = {
         "training.mode": "layerwise",
@@ -56,19 +65,20 @@ def at_tiny_size(mode: dict[str, Any]) -> dict[str, Any]:
         "checkpoint.every_steps": 4,
         "logging.every_steps": 100,
         "evaluation.rows": 8,
-        **{name: value for name, value in mode.items() if name != "training.phase_budget"},
-        **{name: value for name, value in TINY.items() if name in mode},
+        **{field: value for field, value in mode.items() if field != "training.phase_budget"},
+        **{field: value for field, value in TINY.items() if field in mode},
+        "model.architecture.n_stacks": N_STACKS.get(name, 2),
     }
-    if "objective.n_bands" in mode:
-        fields["model.architecture.n_stacks"] = 3  # a band of two stacks and one of one
     if fields.get("training.adapters.ranks"):
         fields["training.adapters.ranks"] = "2,4,4"
-    return {name.replace(".", "__"): value for name, value in fields.items()}
+    if mode.get("training.growth.sizes") == "1,2,4":
+        fields["training.growth.sizes"] = "1,2"
+    return {field.replace(".", "__"): value for field, value in fields.items()}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_trains_continues_and_is_read_back(mode: str, tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    config = tiny(**at_tiny_size(MODES[mode]))
+    config = tiny(**at_tiny_size(mode))
     n_steps = sum(phase.steps for phase in make_curriculum(config))
     run, whole = run_and_copy(config, tiny_corpus, tmp_path / "whole", tmp_path / "cut", n_steps - 2)
     begun, again = continued(config, tiny_corpus, tmp_path / "cut", run)

@@ -30,12 +30,23 @@ def cut() -> None:
     raise PowerCutError
 
 
-def stop_at(config: Any, corpus: Any, folder: Path, moment: str, after: int, act: Callable[[], None] = cut) -> loop.Run:
+def stop_at(
+    config: Any,
+    corpus: Any,
+    folder: Path,
+    moment: str,
+    after: int,
+    act: Callable[[], None] = cut,
+    before: loop.Run | None = None,
+) -> loop.Run:
     """Runs until `moment` first comes with at least `after` updates done, and acts there, once.
 
-    Moments: "stepping", "filling", "advancing", "evaluating" (between two batches), "saving".
+    Moments: "stepping", "filling", "advancing", "evaluating" (between two batches), "saving". Programs are those of the
+    run `before`, if there is one.
     """
     run = loop.Run(config, corpus, folder, lambda _: None)
+    if before is not None:
+        run._compiled, run.inputs._forward = before._compiled, before.inputs._forward
     left = [moment]
 
     def arrive(name: str) -> None:
@@ -108,8 +119,10 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_resume_is_continue(mode: str, tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
     config = tiny(checkpoint__every_steps=3, logging__every_steps=1, **MODES[mode])
-    whole = finish(config, tiny_corpus, tmp_path / "whole")
-    stop_at(config, tiny_corpus, tmp_path / "stopped", "stepping", 13)  # inside a phase, past a snapshot in it
+    run = loop.Run(config, tiny_corpus, tmp_path / "whole", lambda _: None)
+    whole = run.to_end().rack
+    # Inside a phase, past a snapshot in it.
+    stop_at(config, tiny_corpus, tmp_path / "stopped", "stepping", 13, before=run)
     assert_bitwise(whole, finish(config, tiny_corpus, tmp_path / "stopped"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 
@@ -137,8 +150,9 @@ def whole(tiny: Any, tiny_corpus: Any, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_cut_anywhere_is_continued(whole: tuple[Any, Path, Params], tiny_corpus: Any, tmp_path: Path) -> None:
     config, folder, rack = whole
+    run = None
     for moment, after in MOMENTS:
-        stop_at(config, tiny_corpus, tmp_path, moment, after)
+        run = stop_at(config, tiny_corpus, tmp_path, moment, after, before=run)
     assert_bitwise(rack, finish(config, tiny_corpus, tmp_path))
     assert losses(folder) == losses(tmp_path)
 
@@ -146,8 +160,11 @@ def test_a_cut_anywhere_is_continued(whole: tuple[Any, Path, Params], tiny_corpu
 def test_a_signal_anywhere_loses_no_step(whole: tuple[Any, Path, Params], tiny_corpus: Any, tmp_path: Path) -> None:
     config, folder, rack = whole
     handlers = [signal.getsignal(number) for number in SIGNALS]
+    stopped = None
     for (moment, after), number in zip(MOMENTS, itertools.cycle(SIGNALS), strict=False):
-        stopped = stop_at(config, tiny_corpus, tmp_path, moment, after, lambda n=number: os.kill(os.getpid(), n))
+        stopped = stop_at(
+            config, tiny_corpus, tmp_path, moment, after, lambda n=number: os.kill(os.getpid(), n), stopped
+        )
         again = loop.Run(config, tiny_corpus, tmp_path, lambda _: None)
         assert again.position == stopped.position
         assert again.position.step >= after
