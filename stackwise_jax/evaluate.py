@@ -61,6 +61,8 @@ def make_options() -> flags.FlagValues:
     rows_help = "Rows measured, at most. Default: evaluation.rows of the run; with --source all."
     flags.DEFINE_integer("rows", None, rows_help, lower_bound=1, flag_values=options)
     flags.DEFINE_integer("stacks", None, "Read only the first stacks.", lower_bound=1, flag_values=options)
+    entry_help = "Stack that the embedding is handed to, from 0; those left of it are left out."
+    flags.DEFINE_integer("entry", 0, entry_help, lower_bound=0, flag_values=options)
     objective_help = "Of a run that was trained on several: which one to measure. Default: the first."
     flags.DEFINE_string("objective", None, objective_help, flag_values=options)
     order_help = f"Exact likelihood of a masked run, place by place: {', '.join(ORDERS)}."
@@ -79,7 +81,7 @@ def main(options: Any) -> None:
     workdir = required_workdir(options)
     start_backend()
     thresholds = None if options.exit is None else exits.parse_thresholds(options.exit)
-    trained = load_trained(workdir, n_stacks=options.stacks, merged=thresholds is None)
+    trained = load_trained(workdir, n_stacks=options.stacks, entry=options.entry, merged=thresholds is None)
     state = "finished" if trained.finished else "not finished"
     print(f"run {workdir}: {trained.n_stacks} stack(s), {trained.step} steps, {state}")
     print(f"text: {options.source or 'the held-out rows of the run'}")

@@ -57,6 +57,8 @@ def make_options() -> flags.FlagValues:
     flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=LARGEST_SEED, flag_values=options)
     flags.DEFINE_integer("samples", 1, "Samples a prompt.", lower_bound=1, flag_values=options)
     flags.DEFINE_integer("stacks", None, "Read only the first stacks.", lower_bound=1, flag_values=options)
+    entry_help = "Stack that the embedding is handed to, from 0; those left of it are left out."
+    flags.DEFINE_integer("entry", 0, entry_help, lower_bound=0, flag_values=options)
     form_help = "How the bands of a run whose time is depth are run: as trained, or step_local."
     flags.DEFINE_string("form", None, form_help, flag_values=options)
     return options
@@ -73,7 +75,7 @@ def main(options: Any) -> None:
     from stackwise_jax.train.trained import load_trained
 
     start_backend()
-    trained = load_trained(workdir, n_stacks=options.stacks)
+    trained = load_trained(workdir, n_stacks=options.stacks, entry=options.entry)
     config = _with_generation(trained.config, options)
     read = continue_texts if options.infill is None else fill_texts
     given = [config.generation.prompt] if options.prompt is None else options.prompt

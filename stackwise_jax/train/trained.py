@@ -52,7 +52,7 @@ class Trained:
         return self.config.model
 
 
-def load_trained(workdir: Path | str, *, n_stacks: int | None = None, merged: bool = True) -> Trained:
+def load_trained(workdir: Path | str, *, n_stacks: int | None = None, entry: int = 0, merged: bool = True) -> Trained:
     """Restores the rack of a run, finished or under way.
 
     Stacks are read, verified and brought to the device one at a time, so the host never holds the rack.
@@ -61,17 +61,18 @@ def load_trained(workdir: Path | str, *, n_stacks: int | None = None, merged: bo
       workdir: the run folder.
       n_stacks: read only the first so many stacks that were trained (from the left, or where the run grew right to left
         from the right), through the head as it was when the last of them was trained.
+      entry: number of the stack that the embedding is handed to; those left of it are left out.
       merged: equal neighbours are one stack, so that they compile as one; bands of noise stay apart. Otherwise every
         stack is as it was trained.
 
     Raises:
-      UserError: not a run folder, nothing saved yet, no sound snapshot, a damaged tokenizer or head, or a depth that
-        has no head of its own. A damaged snapshot before a sound one is a warning.
+      UserError: not a run folder, nothing saved yet, no sound snapshot, a damaged tokenizer or head, a depth that
+        has no head of its own, or no stack from `entry` on. A damaged snapshot before a sound one is a warning.
     """
     workdir = Path(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} is not a run folder: config.json is missing")
-    found, _ = newest_sound(workdir, functools.partial(_read, workdir, n_stacks, merged))
+    found, _ = newest_sound(workdir, functools.partial(_read, workdir, n_stacks, entry, merged))
     if found is None:
         raise UserError(f"{workdir} holds no checkpoint yet; the first is written when its first phase ends")
     trained, tapped = found
@@ -103,7 +104,7 @@ def read_tap(config: RunConfig, taps: Mapping[int, Path], stack: int) -> Params 
     return to_device(read_tree(taps[stack], part_shape(config, jax.random.key(0), "head", "head")))
 
 
-def _read(workdir: Path, n_stacks: int | None, merged: bool, step: Path) -> tuple[Trained, int | None]:
+def _read(workdir: Path, n_stacks: int | None, entry: int, merged: bool, step: Path) -> tuple[Trained, int | None]:
     """The rack as of a snapshot; and the stack whose tapped head is to read it, where that is not the rack's own."""
     snapshot = read_snapshot(workdir, step, ("embedding", "head", "adapters"))
     config, meta = snapshot.config, snapshot.meta
@@ -116,7 +117,10 @@ def _read(workdir: Path, n_stacks: int | None, merged: bool, step: Path) -> tupl
     live = _live(snapshot)
     taps = tap_folders(workdir, meta["parts"]["taps"])
     there = sorted({int(name) for name in meta["parts"]["stacks"]} | {name for name in live if isinstance(name, int)})
-    numbers, tapped = _chosen(workdir, config, taps, there, n_stacks)
+    chosen, tapped = _chosen(workdir, config, taps, there, n_stacks)
+    numbers = [number for number in chosen if number >= entry]
+    if entry and not numbers:
+        raise UserError(f"--entry={entry}: of {workdir} stacks {chosen[0]} to {chosen[-1]} are read; give one of these")
 
     adapters = snapshot.frozen.adapters | {n: live[adapter_name(n)] for n in there if adapter_name(n) in live}
 

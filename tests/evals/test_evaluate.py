@@ -69,6 +69,18 @@ def test_the_first_stacks_score_what_their_phase_recorded(folder: Path):
     assert program.evaluate(cut, source=None, rows=None)["loss"] != pytest.approx(first, rel=1e-5)
 
 
+def test_the_embedding_may_be_handed_to_any_stack(folder: Path):
+    whole = load_trained(folder, merged=False)
+    for entry in (0, 1):
+        read = load_trained(folder, entry=entry)
+        by_hand = dataclasses.replace(whole, rack={**whole.rack, "stacks": whole.rack["stacks"][entry:]})
+        losses = [program.evaluate(own, source=None, rows=8)["loss"] for own in (read, by_hand, whole)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        assert (losses[0] == pytest.approx(losses[2], rel=1e-6)) == (entry == 0)
+    with pytest.raises(UserError, match=r"--entry=7: of .* stacks 0 to \d are read; give one of these"):
+        load_trained(folder, entry=7)
+
+
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_source_is_packed_as_a_corpus_is(isolate: bool, batch_size: int, tiny: Any, tiny_text: Path):
