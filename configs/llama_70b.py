@@ -3,7 +3,7 @@
 Claim: it fits, learns and runs near the card's limit; one block of 856M parameters is live at a time, over a cached
 trunk, and the finished ones rest as nvfp4, 38.5 GB for all 80. It is not a compute-optimal 70B model: that takes
 decades on one card (docs/memory.md has the arithmetic).
-Result: 77 of 80 stacks in nine minutes on an H100, 18.5 GiB at the peak (docs/results/2026-11-27-70b.md).
+Result: all 80 stacks in nine and a half minutes on an H100, 18.4 GiB at the peak (docs/results/2026-11-27-70b.md).
 Hardware: one H200 (141 GB), 128 GiB of host memory, 64 GB of disk; the card's part is below 22 GiB, so a card of 24 GB
 takes it with data.max_rows by its host. Rough hours: 4, by the plan's FLOPs at 900 TFLOP/s.
 Sizes: `70b`, `13b`, `7b`; `tiny` is the same run with small numbers, for a try on a CPU.
