@@ -78,6 +78,8 @@ class ModelConfig:
 
     vocab_size: int = 2048  # rows of the token table; the tokenizer has at most as many pieces
     d_model: int = 128  # width of the residual stream
+    d_embedding: int | None = None  # columns of the token table, which a map takes to d_model; None: d_model, no map
+    fixed_table: bool = False  # the token table stays as it is given or drawn; the rest of the embedding is trained
     n_heads: int = 4  # query heads
     n_kv_heads: int | None = None  # None: n_heads (multi-head); fewer: grouped queries
     d_head: int | None = None  # None: d_model / n_heads

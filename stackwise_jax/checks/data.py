@@ -37,6 +37,10 @@ def check_mesh(config: RunConfig) -> None:
         config.model.d_model % mesh.fsdp == 0,
         f"mesh.fsdp={mesh.fsdp} must divide model.d_model={config.model.d_model}, so that every matrix can be divided",
     )
+    require(
+        (config.model.d_embedding or 0) % mesh.fsdp == 0,
+        f"mesh.fsdp={mesh.fsdp} must divide model.d_embedding={config.model.d_embedding}, as every matrix",
+    )
     trunk = config.precision.trunk
     require(
         mesh.fsdp == 1 or trunk not in QUANTISED,

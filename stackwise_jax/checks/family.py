@@ -20,6 +20,12 @@ def check_family(model: ModelConfig) -> None:
         model.is_gated or model.fixed_maps != "up_and_gate",
         f"model.fixed_maps='up_and_gate': model.ffn={model.ffn!r} has no gate; set it to 'up'",
     )
+    for field, unset in (("d_embedding", None), ("fixed_table", False)):
+        value = getattr(model, field)
+        require(
+            value == unset or not model.ties_embedding,
+            f"model.{field}={value} is of a table that the head does not read; set model.ties_embedding=False",
+        )
     _check_windows(model)
     check_attention(model)
     _check_scaling(model.rope_scaling)

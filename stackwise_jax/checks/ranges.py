@@ -14,7 +14,7 @@ _AT_LEAST: dict[str, float] = {
     "model.latent.kv_rank": 1, "model.latent.query_rank": 1, "model.latent.d_rope": 2, "model.latent.d_value": 1,
     "model.kernel.n_features": 2, "model.kernel.positive_features": 1, "model.kernel.seed": 0,
     "model.experts.count": 0, "model.experts.active": 1, "model.experts.shared": 0, "model.experts.d_ff": 1,
-    "model.experts.balance": 0, "model.experts.z_loss": 0,
+    "model.experts.balance": 0, "model.experts.z_loss": 0, "model.d_embedding": 1,
     "model.stability.residual_gain": 0, "model.stability.z_loss": 0,
     "model.architecture.n_stacks": 1, "model.architecture.blocks_per_stack": 1,
     "data.seq_len": 2, "data.max_bytes": 1, "data.max_rows": 1, "objective.mask_variants": 1, "seed": 0,

@@ -43,12 +43,25 @@ def check_training(config: RunConfig) -> None:
 
 
 def check_embedding(config: RunConfig) -> None:
-    """A token table that another run gives, and whether it may stay as it is."""
+    """A token table that another run gives, and whether it, or all of the embedding, may stay as it is."""
     model, training = config.model, config.training
     require(
         not training.embedding_from or training.mode != "fusion",
         f"training.embedding_from={training.embedding_from!r}: a run of training.mode='fusion' has the embedding of "
         "its first source; leave it empty",
+    )
+    others = {
+        f"model.d_embedding={model.d_embedding}": model.d_embedding is not None,
+        "model.positions='learned'": model.positions == "learned",
+        f"model.token_types={model.token_types}": model.token_types > 0,
+        "model.embedding_norm=True": model.embedding_norm,
+        f"objective.time={config.objective.time!r}": model.time_input,
+    }
+    untrained = next((name for name, is_there in others.items() if is_there), None)
+    require(
+        not model.fixed_table or untrained is not None,
+        "model.fixed_table=True leaves nothing of this embedding to be trained; set model.d_embedding for a map after "
+        "the table, or fixed_table=False with training.embedding_phase='given'",
     )
     if training.embedding_phase != "given":
         return
@@ -57,17 +70,10 @@ def check_embedding(config: RunConfig) -> None:
         "training.embedding_phase='given' trains no embedding, so one must be there: name a finished run as "
         "training.embedding_from, or set 'alone'",
     )
-    others = {
-        "model.positions='learned'": model.positions == "learned",
-        f"model.token_types={model.token_types}": model.token_types > 0,
-        "model.embedding_norm=True": model.embedding_norm,
-        f"objective.time={config.objective.time!r}": model.time_input,
-    }
-    untrained = next((name for name, is_there in others.items() if is_there), None)
     require(
         untrained is None,
         f"training.embedding_phase='given' trains nothing of the embedding, and with {untrained} it has more than a "
-        "token table; set it to 'alone' or 'with_first_stack'",
+        "token table; set it to 'alone' or 'with_first_stack', and for a table that stays model.fixed_table=True",
     )
     require(
         training.head != "copy",

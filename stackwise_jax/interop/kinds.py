@@ -14,6 +14,7 @@ ARCHITECTURES = {
 
 # What every model of a family has in common; a tuple lists what it may have.
 _PLAIN: dict[str, Any] = {
+    "d_embedding": None,
     "attention_kind": "mha",
     "first_attention_norm": True,
     "token_types": 0,

@@ -7,6 +7,7 @@ training steps:
 - an elementwise value that several kernels read one after another is stored where computing it again takes longer than
   what storing and reading it would take more of the memory's time;
 - kernels of one shape that read the same array are one;
+- of equal constants that loops and scatters begin from, one kernel makes all, where the first is needed;
 - results of a program lie in the arguments that were donated for them.
 """
 
@@ -14,6 +15,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from stackwise_jax.memory.steps import BARRIER, FUSIBLE, IN_PLACE, LOOP, OPAQUE, Step, Value
 
@@ -74,6 +76,7 @@ class Fused:
             for value in step.reads:
                 self._readers[id(value)].append(step)
         self._sums = self._matmul_sums()
+        self._fills = self._equal_fills()
         self._whole = {id(value) for step in self._steps for value in step.writes if self._is_whole(step, value)}
         self._stored = set(self._whole)
         self._made_of: dict[int, dict[int, Value]] = {}
@@ -107,10 +110,20 @@ class Fused:
     def _is_summed(self, value: Value) -> bool:
         return value.step is not None and value.step.name == "dot_general" and len(self._readers[id(value)]) == 1
 
+    def _equal_fills(self) -> set[int]:
+        """Constants that are written over, where others are equal to them."""
+        alike: dict[tuple[Any, ...], set[int]] = defaultdict(set)
+        for step in self._steps:
+            begun = step.reads[:1] if step.kind == IN_PLACE else step.reads if step.kind == LOOP and step.writes else []
+            for value in begun:
+                if value.step is not None and value.step.kind in FUSIBLE and not value.step.reads:
+                    alike[value.shape, value.bytes].add(id(value))
+        return _union(equal for equal in alike.values() if len(equal) > 1)
+
     def _is_whole(self, step: Step, value: Value) -> bool:
         """It must be stored."""
         readers = self._readers[id(value)]
-        if id(value) in self._results or id(step) in self._sums:
+        if id(value) in self._results or id(step) in self._sums or id(value) in self._fills:
             return True
         if self._is_summed(value) and id(readers[0]) in self._sums:  # of two that are added one is done over the other
             return next(own for own in readers[0].reads if self._is_summed(own)) is not value
@@ -237,6 +250,7 @@ class _Groups:
         self.kernels: list[Kernel | None] = []
         self._updates: dict[tuple[int, ...], int] = {}  # the last kernel that changes donated arrays of a shape
         self._made_at: dict[int, int] = {}
+        self._fills: dict[tuple[tuple[int, ...], int], int] = {}  # the first constant of a shape and size
         self._read_at: dict[tuple[int, int], int] = {}  # the last fusion of a size that reads an array
         self._barred: dict[int, int] = {}  # the last barrier in front of an array
 
@@ -260,19 +274,29 @@ class _Groups:
     def add_fusion(self, own: Kernel) -> None:
         """A kernel of one result joins an earlier one of its size that reads an array too, if all is there by then."""
         size = own.writes[0].bytes
+        if not own.reads:
+            place = self._fills.setdefault((own.writes[0].shape, size), len(self.kernels))
+            if place < len(self.kernels):
+                self._join(place, own)
+                return
         shared = [name for name, value in own.reads.items() if 2 * value.bytes >= size and name in self._made_at]
         latest = max((self._made_at.get(name, -1) for name in own.reads), default=-1)
         for name in shared:
             place = self._read_at.get((name, size), -1)
             before = self.kernels[place] if place > max(latest, self._barred.get(name, -1)) else None
             if before is not None:
-                before.reads |= own.reads
-                before.writes += own.writes
-                before.makes += own.makes
-                self._made_at |= dict.fromkeys(map(id, own.makes), place)
+                self._join(place, own)
                 return
         self._read_at |= {(name, size): len(self.kernels) for name in shared}
         self.add(own)
+
+    def _join(self, place: int, own: Kernel) -> None:
+        before = self.kernels[place]
+        assert before is not None
+        before.reads |= own.reads
+        before.writes += own.writes
+        before.makes += own.makes
+        self._made_at |= dict.fromkeys(map(id, own.makes), place)
 
 
 def _needed(steps: list[Step], results: list[Value]) -> list[Step]:

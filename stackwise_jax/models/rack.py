@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stackwise_jax.models import weights
-from stackwise_jax.models.layers import apply_norm, dropout, modulations
+from stackwise_jax.models.layers import apply_norm, as_fixed, dropout, modulations
 from stackwise_jax.models.mixing import Context
 from stackwise_jax.models.stack import apply_stack, decode_stack, init_stack, stack_size
 from stackwise_jax.models.stores import Store, init_store, slots
@@ -81,8 +81,11 @@ def apply_embedding(
     key: Key | None = None,
     token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Looks tokens up, adds token types (the first where none are given), learned positions and the norm, if any."""
-    x = params["tokens"][inputs]
+    """Looks tokens up, maps them to the width of the residual stream, adds token types (the first where none are given)
+    and learned positions, and applies the norm: each if there is any."""
+    x = (as_fixed(params["tokens"]) if model.fixed_table else params["tokens"])[inputs]
+    if model.d_embedding is not None:
+        x = matmul(x, params["projection"]["kernel"], dtype=dtype)
     if model.token_types and token_types is None:  # one row for all, whose gradient is a sum and no scatter
         x = x + params["token_types"][0][None, None, :]
     elif model.token_types:

@@ -30,7 +30,7 @@ class Weight:
         told by its place in the rack (`block_facts`), that is kept with its weights and no gradient changes.
       std: standard deviation of a normal initialiser.
       value: of a constant initialiser.
-      is_fixed: it is no variable: it stays as it was drawn.
+      is_fixed: it is no variable: it stays as it was drawn, or given.
     """
 
     shape: tuple[int, ...]
@@ -124,8 +124,10 @@ def fixed_maps(model: ModelConfig) -> tuple[str, ...]:
 
 
 def is_fixed(path: tuple[Any, ...], model: ModelConfig) -> bool:
-    """`Weight.is_fixed` of an array of a block by its name."""
+    """`Weight.is_fixed` of an array of a block or the embedding by its name."""
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    if names[-1] == "tokens":
+        return model.fixed_table
     return names[-1] == "kernel" and names[-2] in fixed_maps(model)
 
 
@@ -262,12 +264,20 @@ def _facts(model: ModelConfig, block: Any) -> dict[str, Any]:
 
 
 def embedding_table(model: ModelConfig) -> Table:
-    """The token table, and what there is of learned positions, token types, the norm after them and the time.
+    """The token table, and what there is of a map after it, learned positions, token types, their norm and the time.
+
+    The map (`model.d_embedding`, R columns) makes V R + R D numbers of V D, fewer where R is far below D (Lan et al.,
+    2020), and starts so that its outputs are as large as the entries of the table.
 
     The time's network (`model.time_input`) lies here because it is settled with the embedding: what a frozen stack is
     told never changes. It has 33,024 parameters whatever the width.
     """
-    table: Table = {"tokens": Weight((model.vocab_size, model.d_model), ("V", "D"), std=model.init_std)}
+    width = (model.d_model, "D") if model.d_embedding is None else (model.d_embedding, "R")
+    tokens = Weight((model.vocab_size, width[0]), ("V", width[1]), std=model.init_std, is_fixed=model.fixed_table)
+    table: Table = {"tokens": tokens}
+    if model.d_embedding is not None:
+        kernel = Weight((model.d_embedding, model.d_model), ("R", "D"), std=1.0 / math.sqrt(model.d_embedding))
+        table["projection"] = {"kernel": kernel}
     if model.positions == "learned":
         positions = typing.cast(int, model.max_positions)
         table["positions"] = Weight((positions, model.d_model), ("T", "D"), std=model.init_std)
@@ -306,6 +316,11 @@ def is_weight(node: Any) -> bool:
 def count(table: Table) -> int:
     """Number of parameters in a table, facts about blocks not among them."""
     return sum(weight.size for weight in jax.tree.leaves(table, is_leaf=is_weight) if weight.init != "place")
+
+
+def count_fixed(table: Table) -> int:
+    """Number of those parameters of a table that are no variables."""
+    return sum(weight.size for weight in jax.tree.leaves(table, is_leaf=is_weight) if weight.is_fixed)
 
 
 def init_weights(key: Key, table: Table) -> Params:

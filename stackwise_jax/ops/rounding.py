@@ -50,14 +50,25 @@ def to_bf16(x: Float[Array, "*B"], bits: UInt16[Array, "*B"]) -> Float[Array, "*
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
+def largest_of_blocks(x: Float[Array, "*B F"]) -> Float[Array, "*B blocks"]:
+    """The largest magnitude of each block, which its scale is made of."""
+    F = x.shape[-1]
+    size = min(BLOCK, F)
+    padded = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 1) + [(0, -F % size)])
+    return padded.reshape(*x.shape[:-1], -1, size).max(axis=-1)
+
+
 def to_int8(
-    x: Float[Array, "*B F"], bits: UInt16[Array, "*B F"]
+    x: Float[Array, "*B F"], bits: UInt16[Array, "*B F"], largest: Float[Array, "*B blocks"] | None = None
 ) -> tuple[Int8[Array, "*B F"], Float[Array, "*B blocks"]]:
     """Rounds to codes -127 to 127 times a scale per block, float32; for numbers of either sign.
 
     A row of a block with a number that is not finite has a scale that is not finite.
+
+    Args:
+      largest: what `largest_of_blocks` gives for x; None: it is called here.
     """
-    largest = _largest(x)
+    largest = largest_of_blocks(x) if largest is None else largest
     scales = jnp.where(largest == 0, 1.0, largest) / 127
     codes = jnp.floor(x / _spread(scales, x) + _uniform(bits))
     return jnp.clip(codes, -127, 127).astype(jnp.int8), scales
@@ -69,27 +80,32 @@ def from_int8(codes: Int8[Array, "*B F"], scales: Float[Array, "*B blocks"]) -> 
 
 
 def to_log8(
-    x: Float[Array, "*B F"], bits: UInt16[Array, "*B F"]
+    x: Float[Array, "*B F"], bits: UInt16[Array, "*B F"], largest: Float[Array, "*B blocks"] | None = None
 ) -> tuple[UInt8[Array, "*B F"], Float[Array, "*B blocks"]]:
     """Rounds numbers >= 0 to 0 (code 0) or scale * 2**-((255 - code) * 32 / 254), the scale being the block's largest.
 
     For mean squares, which are divided by: linear codes would make the small ones of a block 0. Between two codes the
     choice is unbiased in x itself, not in its logarithm, so that averages over time do not drift. What is below the
     smallest code that is not 0 takes that code.
+
+    Args:
+      largest: as in `to_int8`.
     """
-    largest = _largest(x)
+    largest = largest_of_blocks(x) if largest is None else largest
     scales = jnp.where(largest == 0, 1.0, largest)
     y = x / _spread(scales, x)
     tiny = 2.0**-LOG8_RANGE
     below = jnp.clip(jnp.floor(255 + jnp.log2(jnp.maximum(y, tiny)) / _LOG8_STEP), 1, 254)
     low, high = _log8_value(below), _log8_value(below + 1)
     codes = below + (_uniform(bits) < (y - low) / (high - low))
-    return jnp.where(x == 0, 0, codes).astype(jnp.uint8), scales
+    # Written without a zero: XLA would store a whole array of them where a step scatters into one of this shape.
+    return jnp.where(x <= -x, x, codes).astype(jnp.uint8), scales
 
 
 def from_log8(codes: UInt8[Array, "*B F"], scales: Float[Array, "*B blocks"]) -> Float[Array, "*B F"]:
     """The numbers of `to_log8`, float32."""
-    return jnp.where(codes == 0, 0.0, _log8_value(codes.astype(jnp.float32)) * _spread(scales, codes))
+    wide = codes.astype(jnp.float32)
+    return jnp.where(codes == 0, wide, _log8_value(wide) * _spread(scales, codes))
 
 
 def _log8_value(code: Array) -> Array:
@@ -99,14 +115,6 @@ def _log8_value(code: Array) -> Array:
 def _uniform(bits: Array) -> Array:
     """The middles of 65536 parts of [0, 1]."""
     return (bits.astype(jnp.float32) + 0.5) / 65536
-
-
-def _largest(x: Array) -> Array:
-    """Largest magnitude of each block, [*B, blocks]."""
-    F = x.shape[-1]
-    size = min(BLOCK, F)
-    padded = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 1) + [(0, -F % size)])
-    return padded.reshape(*x.shape[:-1], -1, size).max(axis=-1)
 
 
 def _spread(scales: Array, like: Array) -> Array:

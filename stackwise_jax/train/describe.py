@@ -40,7 +40,7 @@ def describe(plan: Plan, machine: Machine | None = None) -> str:
         f"stackwise_jax {__version__}   run {config.name}   seed {config.seed}",
         f"model    {readable_count(count_parameters(model))} parameters: {len(sizes)} stacks of {sizes[0]} block(s), "
         f"width {model.d_model}, {model.n_heads}/{model.n_kv_heads} heads{_attention_kind(config)}, {_ffn(model)}, "
-        f"vocabulary {model.vocab_size}, {model.attention}, {config.objective.name}",
+        f"vocabulary {model.vocab_size}{_table(model)}, {model.attention}, {config.objective.name}",
         f"rows     {plan.rows if plan.rows is not None else 'known when the corpus is prepared'} "
         f"of {config.data.seq_len} tokens; {plan.tokens_per_step} tokens a step",
         "",
@@ -64,6 +64,13 @@ def _attention_kind(config: RunConfig) -> str:
     words = "" if model.attention_kind == "mha" else f" of {model.attention_kind}"
     words += f" ({kernel.family} kernel, {kernel.form})" if model.has_kernel else ""
     return words
+
+
+def _table(model: ModelConfig) -> str:
+    """Of the line about the model: how its token table is not as wide as the rack, or not trained; mostly nothing."""
+    words = [] if model.d_embedding is None else [f"{model.d_embedding} wide, with a map after it"]
+    words += ["fixed"] if model.fixed_table else []
+    return f" (table {', '.join(words)})" if words else ""
 
 
 def _ffn(model: ModelConfig) -> str:

@@ -145,14 +145,22 @@ def passing_bytes(config: RunConfig, task: Task, blocks: int, target: Target) ->
         _hidden_shape(config),
         _batch(config, task),
     )
-    stack = jax.eval_shape(lambda own: decoded(own, program.dtype), stored)
+    structure: Any = None
 
-    def forward(stack: Params, timing: Params, x: Any, batch: Batch) -> Any:
+    def decode(stored: Params) -> list[Any]:
+        nonlocal structure
+        leaves, structure = jax.tree.flatten(decoded(stored, program.dtype, in_fp8=program.trunk_in_fp8))
+        return leaves
+
+    def forward(leaves: list[Any], timing: Params, x: Any, batch: Batch) -> Any:
+        stack = jax.tree.unflatten(structure, leaves)
         return program.apply_trunk_stack(stack, x, program.context(task, program.corrupt(task, batch), timing))
 
-    labels = _labels({"frozen_stacks": stack}) + _labels({"rows": (timing, x, batch)})
-    own = _by_tier(_counted(forward, (stack, timing, x, batch), labels, target), config, [])
-    return own if stack == stored else dataclasses.replace(own, gathered=own.gathered + budget.tree_bytes(stored))
+    leaves = jax.eval_shape(decode, stored)
+    labels = _labels({"frozen_stacks": leaves}) + _labels({"rows": (timing, x, batch)})
+    own = _by_tier(_counted(forward, (leaves, timing, x, batch), labels, target), config, [])
+    is_stored_so = structure == jax.tree.structure(stored)
+    return own if is_stored_so else dataclasses.replace(own, gathered=own.gathered + budget.tree_bytes(stored))
 
 
 def part_bytes(config: RunConfig, kind: str, blocks: int, has_table: bool, rank: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from stackwise_jax.models.weights import fixed_maps, is_fixed, is_matrix
 from stackwise_jax.schema import ModelConfig, OptimizerConfig, RunConfig
-from stackwise_jax.train.optimizer_state import in_stream, kept, rounded_like, widened
+from stackwise_jax.train.optimizer_state import KeptState, in_stream, kept, rounded_like, widened
 from stackwise_jax.train.spectral import cap_spectral_norm
 from stackwise_jax.types import AnyArray, Params
 
@@ -45,8 +45,11 @@ def make_transforms(config: RunConfig, *, scales_head: bool) -> Transforms:
         stacks = optax.chain(stacks, optax.masked(cap_spectral_norm(stability.spectral_norm), _is_matrix(leading=1)))
     if fixed_maps(config.model):
         stacks = _without_fixed(stacks, config.model)
+    embedding = _adamw(own, own.learning_rate, leading=0)
+    if config.model.fixed_table:
+        embedding = _without_fixed(embedding, config.model)
     transforms = {
-        "embedding": (_adamw(own, own.learning_rate, leading=0), 0),
+        "embedding": (embedding, 0),
         "stacks": (stacks, 1),
         "adapters": (_adamw(dataclasses.replace(own, weight_decay=0.0), adapter_rate, leading=1), 1),
         "head": (_adamw(own, head_rate, leading=0), 0),
@@ -55,9 +58,11 @@ def make_transforms(config: RunConfig, *, scales_head: bool) -> Transforms:
 
 
 def _without_fixed(transform: optax.GradientTransformation, model: ModelConfig) -> optax.GradientTransformation:
-    """Of a stack, with neither state nor update for the maps that stay as they were drawn."""
+    """Of a stack or the embedding, with neither state nor update for what stays as it was drawn or given."""
+    # Adding -0.0 changes no number, -0.0 itself included, which 0.0 would.
+    stay = optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates))
     return optax.partition(
-        {"fixed": optax.set_to_zero(), "moved": transform},
+        {"fixed": stay, "moved": transform},
         lambda params: jax.tree_util.tree_map_with_path(
             lambda path, _: "fixed" if is_fixed(path, model) else "moved", params
         ),
@@ -124,6 +129,10 @@ def update_part(
     fraction: Float[AnyArray, ""],
 ) -> tuple[Params, Any]:
     """One update of one part, in float32. Returns (parameters in the dtypes they had, state), both new."""
+    if isinstance(state, KeptState):
+        # Apart from what the forward pass reads: fp8 matmuls read weights transposed, and a conversion that both shared
+        # would have the whole update computed that way round, and copied back.
+        params = jax.lax.optimization_barrier(params)
     wide = widened(params)
     updates, state = transform.update(widened(gradients), state, wide)
     updates = jax.tree.map(lambda leaf: leaf * fraction.astype(leaf.dtype), updates)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, UInt16, UInt32
 
 from stackwise_jax.models.weights import is_matrix
 from stackwise_jax.ops import rounding
+from stackwise_jax.ops.target import is_cpu
 from stackwise_jax.types import Key, Params
 
 
@@ -53,14 +54,22 @@ def kept(
 
     def init(params: Any) -> KeptState:
         count = jnp.zeros((), jnp.int32)
-        # The compiler would work out for seconds what zeros are rounded to.
-        fresh = jax.lax.optimization_barrier(inner.init(widened(params)))
+        # Of zeros that it knew as such the compiler would work out for seconds what they are rounded to.
+        zero = jax.lax.optimization_barrier(jnp.zeros(()))
+        fresh = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), inner.init(widened(params)))
         return _store(fresh, precision, jax.random.key_data(key), count, leading)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, KeptState]:
-        wide = None if params is None else widened(params)
-        updates, new = inner.update(widened(updates), _read(state), wide)
-        return updates, _store(new, precision, state.key, state.count + 1, leading)
+        gradients, wide = widened(updates), None if params is None else widened(params)
+        largest = None
+        if precision == "int8" and not is_cpu():
+            # A code needs the largest number of its block. A GPU's compiler would store all moments in float32 between
+            # the two, 8 bytes a parameter; from what is stored anyway they are computed again in less time than that
+            # takes. The barrier tells it that the second computation is meant.
+            moved = inner.update(gradients, _read(state), wide)[1]
+            state, largest = jax.lax.optimization_barrier((state, _largest(moved, leading)))
+        updates, new = inner.update(gradients, _read(state), wide)
+        return updates, _store(new, precision, state.key, state.count + 1, leading, largest)
 
     return optax.GradientTransformation(jax.jit(init), update)  # one program, where a state is drawn outside of one
 
@@ -98,12 +107,24 @@ def rounded_like(moved: Params, params: Params, state: Any) -> Params:
     return jax.tree_util.tree_map_with_path(round_leaf, moved, params)
 
 
-def _store(state: Any, precision: str, key: Array, count: Array, leading: int) -> KeptState:
-    """Rounds the moments of matrices in a state."""
+def _largest(state: Any, leading: int) -> list[Array | None]:
+    """The largest magnitude of each block of the moments of matrices; None for every other array."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    return [None if _moment(path, leaf, leading) is None else rounding.largest_of_blocks(leaf) for path, leaf in paths]
+
+
+def _store(
+    state: Any, precision: str, key: Array, count: Array, leading: int, largest: list[Array | None] | None = None
+) -> KeptState:
+    """Rounds the moments of matrices in a state.
+
+    Args:
+      largest: as `_largest` gives it; None: not known yet.
+    """
     paths, structure = jax.tree_util.tree_flatten_with_path(state)
     stored, scales = [], []
-    for path, leaf in paths:
-        moment = _moment(path) if is_matrix(path, leaf.ndim - leading) else None
+    for (path, leaf), known in zip(paths, largest or [None] * len(paths), strict=True):
+        moment = _moment(path, leaf, leading)
         if moment is None or precision == "fp32":
             narrow, scale = leaf, None
         else:
@@ -111,7 +132,7 @@ def _store(state: Any, precision: str, key: Array, count: Array, leading: int) -
             if precision == "bf16":
                 narrow, scale = rounding.to_bf16(leaf, bits), None
             else:
-                narrow, scale = (rounding.to_int8 if moment == "mu" else rounding.to_log8)(leaf, bits)
+                narrow, scale = (rounding.to_int8 if moment == "mu" else rounding.to_log8)(leaf, bits, known)
         stored.append(narrow)
         scales.append(scale)
     return KeptState(jax.tree.unflatten(structure, stored), jax.tree.unflatten(structure, scales), key, count)
@@ -132,8 +153,10 @@ def _read_leaf(leaf: Array, scales: Float[Array, "..."] | None) -> Array:
     return (rounding.from_int8 if leaf.dtype == jnp.int8 else rounding.from_log8)(leaf, scales)
 
 
-def _moment(path: tuple[Any, ...]) -> str | None:
-    """The field of an Optax state that an array lies in, where that is "mu" or "nu"."""
+def _moment(path: tuple[Any, ...], leaf: Array, leading: int) -> str | None:
+    """The field of an Optax state that an array lies in, where that is "mu" or "nu" and the array is of matrices."""
+    if not is_matrix(path, leaf.ndim - leading):
+        return None
     fields = [part.name for part in path if isinstance(part, jax.tree_util.GetAttrKey)]
     return fields[-1] if fields and fields[-1] in ("mu", "nu") else None
 

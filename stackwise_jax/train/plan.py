@@ -204,10 +204,12 @@ def phase_state_bytes(plan: Plan, index: int) -> int:
     """Bytes of weights and optimiser state that a phase trains: what a snapshot inside it holds."""
     config, sig = plan.config, plan.signatures[index][0]
     live, in_stacks = phase_parameters(config, plan.phases[index], sig)
-    sizes, live_stacks = stack_sizes(config), plan.phases[index].live_stacks
-    fixed = sum(sizes[stack] for stack in live_stacks) * budget.fixed_parameters(config.model)
+    sizes, phase = stack_sizes(config), plan.phases[index]
+    in_blocks = sum(sizes[stack] for stack in phase.live_stacks) * budget.fixed_parameters(config.model)
+    is_live = "embedding" in phase.live_names
+    fixed = in_blocks + (weights.count_fixed(weights.embedding_table(config.model)) if is_live else 0)
     weights_bytes, _ = budget.weight_and_gradient_bytes(config, live=live, live_in_stacks=in_stacks)
-    moments = budget.optimizer_bytes(config, live=live - fixed, live_in_stacks=in_stacks - fixed)
+    moments = budget.optimizer_bytes(config, live=live - fixed, live_in_stacks=in_stacks - in_blocks)
     return weights_bytes + moments
 
 

@@ -157,9 +157,10 @@ def given_embedding(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str]
     rows, width = table.shape
     if rows != model.vocab_size:
         raise UserError(f"{field}: the table of {folder} has {rows} rows; set model.vocab_size={rows}")
-    fitted, share = fitted_table(table, model.d_model)
-    kept = "" if width <= model.d_model else f", which hold {100 * share:.1f} percent of its squares"
-    say(f"{folder}: a table of {rows} x {width} on {model.d_model} columns{kept}")
+    columns = model.d_embedding or model.d_model
+    fitted, share = fitted_table(table, columns)
+    kept = "" if width <= columns else f", which hold {100 * share:.1f} percent of its squares"
+    say(f"{folder}: a table of {rows} x {width} on {columns} columns{kept}")
     return {**to_host(init_embedding(jax.random.key(config.seed), model)), "tokens": fitted}
 
 

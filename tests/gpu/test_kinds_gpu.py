@@ -4,7 +4,6 @@ The loss and the norm of the gradient stand for all of it: a kernel that reads o
 more than bf16 does.
 """
 
-
 import jax
 import pytest
 
@@ -40,11 +39,11 @@ KINDS: dict[str, list[str]] = {
 
 
 def step_metrics(changes: list[str]) -> dict[str, float]:
-    """Of the first update of two stacks of two blocks on random tokens."""
+    """Of the first update of one stack of two blocks on random tokens."""
     entries = config_lib.default()
     entries.name = "kinds"
     entries.model.update({"vocab_size": 512, "d_model": 256, "n_heads": 4, "d_ff": 512})
-    entries.model.architecture.update({"n_stacks": 2, "blocks_per_stack": 2})
+    entries.model.architecture.update({"n_stacks": 1, "blocks_per_stack": 2})
     entries.data.update({"seq_len": 256, "isolate_documents": False})
     entries.training.update({"mode": "end_to_end", "batch_size": 4, "phase_budget": "4 steps"})
     apply_overrides(entries, changes)

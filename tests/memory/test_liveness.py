@@ -1,6 +1,7 @@
 """The memory of programs that are small enough to be counted by hand."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,6 +98,20 @@ def test_a_loop_takes_a_turn_and_what_it_collects() -> None:
     carried, collected, hidden = 2 * ROWS * WIDTH, 7 * 2 * ROWS, 2 * ROWS * HIDDEN
     count = temporary(run, X, UP, DOWN)
     assert carried + collected + hidden <= count <= 2 * carried + collected + hidden + 2 * ROWS
+
+
+def test_equal_constants_are_made_where_the_first_is_needed() -> None:
+    def run(x: Any, up: Any, down: Any, *, shape: tuple[int, int]) -> Any:
+        def turn(carry: Any, _: Any) -> Any:
+            return carry + (x @ up) @ down, None
+
+        summed, _ = jax.lax.scan(turn, jnp.zeros((ROWS, WIDTH), x.dtype), None, length=7)
+        return jnp.zeros(shape, x.dtype).at[0].add(summed.reshape(shape)[1])
+
+    equal, unlike = (
+        temporary(functools.partial(run, shape=shape), X, UP, DOWN) for shape in ((ROWS, WIDTH), (WIDTH, ROWS))
+    )
+    assert equal - unlike == 2 * ROWS * WIDTH  # beside the loop, where most is alive
 
 
 def test_pieces_share_a_buffer() -> None:

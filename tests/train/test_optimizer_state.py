@@ -11,8 +11,10 @@ import optax
 import pytest
 
 from stackwise_jax.memory import budget
+from stackwise_jax.memory.liveness import peak_memory
 from stackwise_jax.memory.precision import as_master, to_storage
 from stackwise_jax.ops import rounding
+from stackwise_jax.ops.target import HOPPER, NO_GPU, Target, planned_for
 from stackwise_jax.schema import OptimizerConfig, PrecisionConfig, RunConfig
 from stackwise_jax.train import optimizer_state
 from stackwise_jax.train.curriculum import make_curriculum
@@ -227,6 +229,56 @@ def test_an_update_uses_moments_that_were_not_rounded_yet():
         transform = stack_transform(config_of(optimizer=optimizer))
         moved.append(update_part(transform, grads, transform.init(KERNELS), KERNELS, ONE)[0])
     assert same(*moved)
+
+
+# What a GPU is told.
+
+
+def moments_of(target: Target) -> tuple[int, int, int]:
+    """(parameters, bytes that an update needs besides its arguments, bytes that drawing a state needs besides it)."""
+    transform = stack_transform(config_of(**NARROW))
+    params = as_master(
+        {"up": {"kernel": jnp.zeros((1, 512, 1024))}, "down": {"kernel": jnp.zeros((1, 1024, 512))}}, "bf16"
+    )
+    state = jax.eval_shape(transform.init, params)
+
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        return update_part(transform, grads, state, params, ONE)
+
+    def temporary(function: Any, *operands: Any, donated: int = 0) -> int:
+        with planned_for(target):
+            closed = jax.make_jaxpr(function)(*operands)
+        labels = [""] * len(closed.jaxpr.invars)
+        return peak_memory(closed, labels, flops_per_byte=target.flops_per_byte, donated=donated).temporary
+
+    donated = len(jax.tree.leaves((params, state)))
+    updating, drawing = temporary(update, params, state, params, donated=donated), temporary(transform.init, params)
+    return sum(map(jnp.size, jax.tree.leaves(params))), updating, drawing - budget.tree_bytes(state)
+
+
+def test_a_gpu_stores_no_moment_in_float32():
+    parameters, updating, drawing = moments_of(HOPPER)
+    assert updating < 0.1 * parameters
+    assert drawing < 0.1 * parameters
+    assert moments_of(NO_GPU)[1] > 2 * parameters  # the twin: computed once, one array after the other
+
+
+@pytest.mark.parametrize("own", [ADAMW, MUON], ids=lambda own: own.name)
+def test_moments_that_are_computed_again_are_the_same(own: OptimizerConfig, monkeypatch: pytest.MonkeyPatch):
+    """As a GPU does it, on a CPU: up to the last bit of a sum, and a code where a number lay on the edge."""
+    moved = []
+    for is_cpu in (True, False):
+        monkeypatch.setattr(optimizer_state, "is_cpu", lambda own=is_cpu: own)
+        moved.append(few_updates(config_of(own, **NARROW)))
+    (weights, states), (other_weights, other_states) = moved
+    for left, right in zip(jax.tree.leaves(weights), jax.tree.leaves(other_weights), strict=True):
+        np.testing.assert_allclose(*(np.asarray(leaf, np.float32) for leaf in (left, right)), rtol=2**-7, atol=1e-3)
+    for left, right in zip(jax.tree.leaves(states), jax.tree.leaves(other_states), strict=True):
+        apart = np.abs(np.asarray(left, np.float64) - np.asarray(right, np.float64))
+        if left.dtype in (jnp.int8, jnp.uint8):
+            assert np.mean(apart > 0) < 0.01
+        else:
+            assert np.all(apart <= 1e-3 * np.abs(np.asarray(left, np.float64)))
 
 
 def test_weights_in_bf16_need_the_state_that_was_made_for_them():
