@@ -99,7 +99,8 @@ def decoded_logits(model: ModelConfig, fault: int = 0) -> tuple[list[np.ndarray]
 @pytest.mark.parametrize("name", [*MODELS, *KINDS])
 def test_decoding_is_recomputation(name: str):
     for ours, expected in zip(*decoded_logits((MODELS | KINDS)[name]), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)  # logits of order 1 to 10
+        # Sums over places round by the size of all of them, whatever is left of one logit: some machines differ by 2.3e-5.
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["multi-head", "learned positions", "latents", "sums"])
