@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from stackwise_jax.train.trained import load_trained
 
 def run(config: Any, corpus: Any, folder: Path) -> loop.Result:
     return loop.run(config, corpus, folder, say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Any, tiny_corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, loop.Result]:
+    """(folder, result) of a run of `tiny()`; who changes the folder copies it."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, run(tiny(), tiny_corpus, folder)
 
 
 class Compilations:
@@ -100,8 +108,10 @@ def test_optimizers_and_executions_train(
     assert losses[-1] < losses[0]
 
 
-def test_bfloat16_trains_near_float32(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    precise = run(tiny(), tiny_corpus, tmp_path / "fp32")
+def test_bfloat16_trains_near_float32(
+    tiny: Any, tiny_corpus: Any, tmp_path: Path, finished: tuple[Path, loop.Result]
+) -> None:
+    precise = finished[1]
     low = {f"precision__{name}": "bf16" for name in ("compute", "trunk", "cache")}
     coarse = run(tiny(**low), tiny_corpus, tmp_path / "bf16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(coarse.rack["stacks"])} == {"bfloat16"}
@@ -109,8 +119,10 @@ def test_bfloat16_trains_near_float32(tiny: Any, tiny_corpus: Any, tmp_path: Pat
         assert abs(figures["loss"] - coarse.held_out[phase]["loss"]) < 0.02
 
 
-def test_the_same_seed_gives_the_same_weights(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    racks = [run(tiny(), tiny_corpus, tmp_path / name).rack for name in ("one", "two")]
+def test_the_same_seed_gives_the_same_weights(
+    tiny: Any, tiny_corpus: Any, tmp_path: Path, finished: tuple[Path, loop.Result]
+) -> None:
+    racks = [finished[1].rack, run(tiny(), tiny_corpus, tmp_path / "again").rack]
     for one, other in zip(*map(jax.tree.leaves, racks), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     other_seed = run(tiny(seed=1), tiny_corpus, tmp_path / "other").rack
@@ -125,9 +137,11 @@ def test_a_number_that_is_none_stops_before_it_is_stored(tiny: Any, tiny_corpus:
         assert "NaN" not in (step / "meta.json").read_text()
 
 
-def test_a_finished_run_is_read_back(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    result = run(tiny(), tiny_corpus, folder)
+def test_a_finished_run_is_read_back(
+    tiny: Any, tiny_corpus: Any, tmp_path: Path, finished: tuple[Path, loop.Result]
+) -> None:
+    result = finished[1]
+    folder = shutil.copytree(finished[0], tmp_path / "run")
     trained = load_trained(folder, merged=False)
     assert trained.finished
     for one, other in zip(jax.tree.leaves(trained.rack), jax.tree.leaves(result.rack), strict=True):
@@ -136,9 +150,8 @@ def test_a_finished_run_is_read_back(tiny: Any, tiny_corpus: Any, tmp_path: Path
     assert again.held_out == result.held_out
 
 
-def test_any_depth_can_be_read(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    rack = run(tiny(), tiny_corpus, folder).rack
+def test_any_depth_can_be_read(finished: tuple[Path, loop.Result]) -> None:
+    folder, rack = finished[0], finished[1].rack
     shallow = load_trained(folder, n_stacks=1).rack
     assert len(shallow["stacks"]) == 1
     assert not np.array_equal(shallow["head"]["table"], rack["head"]["table"])  # the head as it was then
@@ -160,9 +173,10 @@ def test_a_run_under_way_is_read_as_it_stands(tiny: Any, tiny_corpus: Any, tmp_p
     assert (len(trained.rack["stacks"]), trained.finished) == (1, False)
 
 
-def test_damage_is_named_not_trained_on(tiny: Any, tiny_corpus: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(tiny(), tiny_corpus, folder)
+def test_damage_is_named_not_trained_on(
+    tiny: Any, tiny_corpus: Any, tmp_path: Path, finished: tuple[Path, loop.Result]
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "run")
     part = next((folder / "stacks").glob("0000-*"))
     manifest = json.loads((part / "manifest.json").read_text())
     name = next(iter(manifest["arrays"]))
