@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from stackwise_jax.objectives.masks import row_key
@@ -92,12 +93,16 @@ def rates_in(
     return rates, jnp.where(is_level, 1.0, stretch * schedule.slope(times))
 
 
+_rates_in = jax.jit(rates_in, static_argnums=2)
+
+
 def mean_rate(config: ObjectiveConfig, band: tuple[float, float] | None) -> float:
     """The mean over draws of the masked fraction in a band; None: in the config's whole range."""
     low, high = band or (config.rate_min, config.rate_max)
-    units = (jnp.arange(MEAN_DRAWS, dtype=jnp.float32) + 0.5)[None, :] / MEAN_DRAWS
-    rates, _ = rates_in(units, jnp.array([[low, high]], jnp.float32), SCHEDULES[config.noise_schedule])
-    return float(jnp.mean(rates))
+    units = (np.arange(MEAN_DRAWS, dtype=np.float32) + np.float32(0.5))[None, :] / np.float32(MEAN_DRAWS)
+    band_edges = np.array([[low, high]], np.float32)
+    rates, _ = _rates_in(units, band_edges, SCHEDULES[config.noise_schedule])  # one program: plans are made at start
+    return float(np.mean(np.asarray(rates)))
 
 
 def draw_units(

@@ -85,11 +85,13 @@ def gradient_differences(config: RunConfig) -> dict[str, float]:
     alone = gradients(config, NO_MESH)
     found = {
         "1x8": difference(gradients(config, MeshConfig(1, 8)), alone),
+        "2x4": difference(gradients(config, MeshConfig(2, 4)), alone),
         "2x1 chained": difference(gradients(config, MeshConfig(2, 1), chained=True), alone),
     }
-    experts = ExpertsConfig(count=4, shared=1, balance=0.5, z_loss=0.1)
-    unlike = with_mesh(config, NO_MESH, model={**UNLIKE, "experts": experts})
-    found["2x4 unlike blocks of experts"] = difference(gradients(unlike, MeshConfig(2, 4)), gradients(unlike, NO_MESH))
+    unlike = with_mesh(config, NO_MESH, model=UNLIKE)
+    routed = with_mesh(config, NO_MESH, model={"experts": ExpertsConfig(count=4, shared=1, balance=0.5, z_loss=0.1)})
+    found["2x4 experts"] = difference(gradients(routed, MeshConfig(2, 4)), gradients(routed, NO_MESH))
+    found["2x4 unlike blocks"] = difference(gradients(unlike, MeshConfig(2, 4)), gradients(unlike, NO_MESH))
 
     def first_only(self: Placement, function: Callable[..., Any], matrix: Any, *rows: Any) -> Any:
         share = jax.tree.map(lambda leaf: leaf[: leaf.shape[0] // self.n_devices], rows)

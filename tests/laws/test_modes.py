@@ -23,7 +23,7 @@ N_STACKS = {
     **dict.fromkeys(("layerwise", "right_to_left", "progressive_adapters", "tail_adapters", "last_stack"), 3),
     **dict.fromkeys(("depth_independent", "depth_right_to_left", "depth_left_to_right", "depth_levels"), 3),
     **dict.fromkeys(("prepended_all_live", "late_expansion"), 3),
-    "doubling": 4,
+    **dict.fromkeys(("doubling", "doubling_adding_nothing"), 4),
 }
 
 
@@ -71,8 +71,6 @@ def at_tiny_size(name: str) -> dict[str, Any]:
     }
     if fields.get("training.adapters.ranks"):
         fields["training.adapters.ranks"] = "2,4,4"
-    if mode.get("training.growth.sizes") == "1,2,4":
-        fields["training.growth.sizes"] = "1,2"
     return {field.replace(".", "__"): value for field, value in fields.items()}
 
 
