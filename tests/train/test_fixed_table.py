@@ -120,15 +120,6 @@ def test_costs_and_what_the_plan_says() -> None:
     np.testing.assert_array_equal(held[False] - held[True], 2 * 4 * V * R)
 
 
-@pytest.fixture(scope="module")
-def source(tiny: Any, tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose table others begin with."""
-    folder = tmp_path_factory.mktemp("fixed") / "source"
-    config = tiny(**{**SHORT, "training__mode": "end_to_end", "seed": 7, "model__architecture__n_stacks": 1})
-    loop.run(config, tiny_corpus, folder, say=lambda _: None)
-    return folder
-
-
 @pytest.fixture
 def begun(tiny: Any, source: Path) -> Callable[..., Any]:
     """Configs that begin with it, at its width."""

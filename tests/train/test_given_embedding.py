@@ -26,15 +26,6 @@ def table_of(folder: Path) -> np.ndarray:
     return np.asarray(load_trained(folder).rack["embedding"]["tokens"])
 
 
-@pytest.fixture(scope="module")
-def source(tiny: Any, tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose table others begin with."""
-    folder = tmp_path_factory.mktemp("given") / "source"
-    config = tiny(**{**SHORT, "training__mode": "end_to_end", "seed": 7, "model__architecture__n_stacks": 1})
-    loop.run(config, tiny_corpus, folder, say=lambda _: None)
-    return folder
-
-
 @pytest.fixture
 def begun(tiny: Any, source: Path) -> Callable[..., Any]:
     """Configs that begin with it."""
